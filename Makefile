@@ -1,0 +1,36 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: test lint demo bench gpu-report clean
+
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m examples.emoji_retrieval $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks/bench_loss.py --benchmark-only $(ARGS)
+	$(BIN)/python -m benchmarks.table
+
+# On a machine with a GPU, in whatever environment is active there.
+gpu-report:
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m benchmarks.gpu_report $(ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,1 @@
+"""One module per backend. Backends never import each other; ``dispatch`` chooses among them."""

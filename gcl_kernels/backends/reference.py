@@ -1,0 +1,56 @@
+"""The definition, dense and differentiable any number of times: the oracle of every test.
+
+Holds all M x M logits. Half compute types round the embeddings; logits and everything after them
+are in the accumulation dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gcl_kernels.spec import NORM_EPS, BoolTable, NegativesSpec
+
+
+def why_unavailable() -> str | None:
+    """None: PyTorch is all it needs."""
+    return None
+
+
+def dense_mask(candidates: BoolTable, sample_ids: Tensor) -> Tensor:
+    """True where column ``q`` is a negative of anchor ``p``: the mask rule, dense, [M, M]."""
+    num_views, num_samples = len(candidates), sample_ids.shape[0]
+    table = torch.tensor(candidates, device=sample_ids.device)
+    table = table.repeat_interleave(num_samples, 0).repeat_interleave(num_samples, 1)
+    ids = sample_ids.repeat(num_views)
+    return table & (ids[:, None] != ids[None, :])
+
+
+def negatives(
+    views: Sequence[Tensor], scale: Tensor, sample_ids: Tensor | None, spec: NegativesSpec
+) -> tuple[Tensor, Tensor]:
+    """``neg_lse`` [V, N] and all own-sample logits [V, V, N]."""
+    num_views, num_samples = len(views), views[0].shape[0]
+    e = torch.stack([view.to(spec.accum_dtype) for view in views])
+    if spec.normalize:
+        norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
+        # 0 * norm: a length that overflowed makes NaN, where e / inf would silently make zero.
+        z = e / norm.clamp_min(NORM_EPS) + 0 * norm.detach()
+    else:
+        z = e
+    own = (z.unsqueeze(0) * z.unsqueeze(1)).sum(-1)
+    if sample_ids is None:
+        sample_ids = torch.arange(num_samples, device=e.device)
+    flat = z.to(spec.compute_dtype).to(spec.accum_dtype).flatten(0, 1)
+    with torch.autocast(e.device.type, enabled=False):
+        x = scale * (flat @ flat.T)
+    mask = dense_mask(spec.candidates, sample_ids)
+    # A row without negatives must not reach logsumexp, whose gradient would be NaN there.
+    empty = ~mask.any(1)
+    x = x.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0)
+    neg_lse = x.logsumexp(1).masked_fill(empty, -torch.inf)
+    # An infinite embedding gives -inf logits; x - x = NaN keeps them from passing for weight zero.
+    neg_lse = neg_lse + (flat - flat).detach().sum()
+    return neg_lse.view(num_views, num_samples), scale * own

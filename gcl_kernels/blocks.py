@@ -1,0 +1,119 @@
+"""The geometry of the block loop: which blocks of the similarity matrix are visited, and how.
+
+Rows and columns are numbered view-major, ``p = view * N + sample``. The matrix of logits is
+symmetric, so only blocks on and above the diagonal are visited; each serves the anchors of its
+rows and of its columns. With the default ids (the sample's number), two embeddings are of one
+sample where ``p - q`` is a multiple of ``N``: whole diagonals of a block, found here once.
+
+Pure integer arithmetic: no tensors, no device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from gcl_kernels.spec import BoolTable
+
+ROW_MULTIPLE = 16
+"""Blocks are cut at multiples of this many rows, so that all but the last tile are aligned."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One visited block.
+
+    Attributes:
+        row_start, row_stop, col_start, col_stop: its place in the M x M matrix.
+        serves_rows: its columns are candidates of its rows' anchors.
+        serves_cols: its rows are candidates of its columns' anchors.
+        diagonal: rows and columns are the same range; it then serves rows only, since the columns'
+            share is the transpose.
+        same_sample_offsets: diagonals ``j - i`` of the block whose two embeddings are of one
+            sample under the default ids.
+    """
+
+    row_start: int
+    row_stop: int
+    col_start: int
+    col_stop: int
+    serves_rows: bool
+    serves_cols: bool
+    diagonal: bool
+    same_sample_offsets: tuple[int, ...]
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row_start, self.row_stop)
+
+    @property
+    def cols(self) -> slice:
+        return slice(self.col_start, self.col_stop)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.row_stop - self.row_start, self.col_stop - self.col_start
+
+
+def _same_sample_offsets(
+    row_start: int, row_stop: int, col_start: int, col_stop: int, num_samples: int
+) -> tuple[int, ...]:
+    # Entry (i, i + o) holds p - q = row_start - col_start - o, a multiple of N.
+    first = -(row_stop - row_start) + 1
+    last = col_stop - col_start - 1
+    shift = (row_start - col_start) % num_samples
+    start = first + (shift - first) % num_samples
+    return tuple(range(start, last + 1, num_samples))
+
+
+def _cut(start: int, stop: int, block_rows: int) -> list[tuple[int, int]]:
+    """Ranges of at most ``block_rows`` rows, of nearly equal length."""
+    count = -(-(stop - start) // block_rows)
+    size = -(-(stop - start) // count)
+    size = min(block_rows, -(-size // ROW_MULTIPLE) * ROW_MULTIPLE)
+    return [(at, min(at + size, stop)) for at in range(start, stop, size)]
+
+
+@lru_cache(maxsize=256)
+def plan_blocks(
+    num_samples: int, candidates: BoolTable, block_rows: int, per_view: bool = False
+) -> tuple[Block, ...]:
+    """The blocks to visit, in the order in which their results are accumulated.
+
+    Args:
+        num_samples: N.
+        candidates: V x V; a pair of views of which neither is the other's candidate is skipped.
+        block_rows: the largest number of rows, and of columns, of a block.
+        per_view: cut at view boundaries even where every view is every other's candidate.
+    """
+    num_views = len(candidates)
+    if all(all(row) for row in candidates) and not per_view:
+        # Blocks may span views: fewer, larger blocks for small batches.
+        segments = [(0, num_views * num_samples)]
+        table: BoolTable = ((True,),)
+    else:
+        segments = [(v * num_samples, (v + 1) * num_samples) for v in range(num_views)]
+        table = candidates
+    cuts = [_cut(start, stop, block_rows) for start, stop in segments]
+    blocks = []
+    for a in range(len(segments)):
+        for i, (row_start, row_stop) in enumerate(cuts[a]):
+            for m in range(a, len(segments)):
+                if not (table[a][m] or table[m][a]):
+                    continue
+                for col_start, col_stop in cuts[m][i if m == a else 0 :]:
+                    blocks.append(
+                        Block(
+                            row_start,
+                            row_stop,
+                            col_start,
+                            col_stop,
+                            serves_rows=table[a][m],
+                            serves_cols=table[m][a],
+                            diagonal=row_start == col_start,
+                            same_sample_offsets=_same_sample_offsets(
+                                row_start, row_stop, col_start, col_stop, num_samples
+                            ),
+                        )
+                    )
+    return tuple(blocks)

@@ -1,0 +1,154 @@
+"""The O(M*D) side of the primitive: unit vectors, own-sample similarities, and their gradients.
+
+Forward: ``z = e / max(|e|, eps)`` in the compute dtype, the lengths, and for the pairs of views
+that a loss asks for ``own[a, b, j] = <z_a^j, z_b^j>`` in the accumulation dtype from the unrounded
+vectors. Backward, from ``hz = H z`` and ``d own = dL/d own``, with ``K_ab = d own_ab + d own_ba``:
+
+    dL/dz_a = s * (H z)_a + sum_b K_ab z_b
+    dL/de_a = (dL/dz_a - <dL/dz_a, z_a> z_a) / |e_a|            (no projection where |e| < eps)
+
+``<dL/dz_a, z_a> = s q_a + sum_b K_ab own_ab`` needs no pass of its own beyond
+``q_a = <(H z)_a, z_a>``, which gives the scale's gradient too: ``dL/ds = 1/2 sum q``.
+Rows pass in chunks, so that no second float32 copy of all embeddings exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gcl_kernels.spec import NORM_EPS
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "default": 1 << 24}
+"""Elements per view and chunk: 1 MiB of float32 stays in a CPU's cache; 64 MiB fill a GPU."""
+
+
+def _chunks(num_samples: int, dim: int, device: torch.device) -> list[slice]:
+    elements = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["default"])
+    rows = max(1, elements // dim)
+    return [slice(at, min(at + rows, num_samples)) for at in range(0, num_samples, rows)]
+
+
+def _inverse_norm(norm: Tensor) -> Tensor:
+    # 0 * norm turns a length that overflowed to inf into NaN; 1 / inf would silently give zero.
+    return norm.clamp_min(NORM_EPS).reciprocal_().add_(norm * 0)
+
+
+def _unrounded(
+    views: Sequence[Tensor],
+    z: Tensor,
+    inverse: Tensor,
+    normalize: bool,
+    rows: slice,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of all z in ``dtype``: ``z`` itself where it holds them exactly, else from ``views``."""
+    if z.dtype == dtype:
+        return z[:, rows]
+    exact = torch.stack([view[rows].to(dtype) for view in views])
+    return exact.mul_(inverse[:, rows].unsqueeze(-1)) if normalize else exact
+
+
+def embed(
+    views: Sequence[Tensor],
+    own_pairs: Sequence[tuple[int, int]],
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    accum_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns ``z`` [V, N, D], ``norm`` and ``1 / max(norm, eps)`` [V, N], and ``own`` [V, V, N]
+    (zero where not asked for).
+
+    Without ``normalize`` the second result holds 0 for finite rows and NaN for others: added to a
+    row's statistics it keeps an infinite embedding from passing for a candidate of weight zero. The
+    third is then empty.
+    """
+    num_views, (num_samples, dim) = len(views), views[0].shape
+    device = views[0].device
+    if all(view.dtype == compute_dtype for view in views) and compute_dtype == accum_dtype:
+        z = torch.stack(list(views))
+        if normalize:
+            norm = torch.linalg.vector_norm(z, dim=-1)
+            inverse = _inverse_norm(norm)
+            z.mul_(inverse.unsqueeze(-1))
+        else:
+            norm, inverse = z.sum(-1).mul_(0), z.new_empty(0)
+    else:
+        z = torch.empty(num_views, num_samples, dim, dtype=compute_dtype, device=device)
+        norm = torch.empty(num_views, num_samples, dtype=accum_dtype, device=device)
+        inverse = torch.empty_like(norm) if normalize else norm.new_empty(0)
+        for rows in _chunks(num_samples, dim, device):
+            part = torch.stack([view[rows].to(accum_dtype) for view in views])
+            if normalize:
+                norm[:, rows] = torch.linalg.vector_norm(part, dim=-1)
+                inverse[:, rows] = _inverse_norm(norm[:, rows])
+                part.mul_(inverse[:, rows].unsqueeze(-1))
+            else:
+                norm[:, rows] = part.sum(-1).mul_(0)
+            z[:, rows] = part
+    # Dots of views v and v + shift for all v at once; the pairs asked for say which shifts.
+    dots = {b - a: norm.new_empty(num_views - (b - a), num_samples) for a, b in own_pairs}
+    if own_pairs:
+        for rows in _chunks(num_samples, dim, device):
+            exact = _unrounded(views, z, inverse, normalize, rows, accum_dtype)
+            for shift, dot in dots.items():
+                torch.sum(exact[: num_views - shift] * exact[shift:], -1, out=dot[:, rows])
+    zero = norm.new_zeros(num_samples)
+    rows_of = {shift: dot.unbind(0) for shift, dot in dots.items()}
+    asked = set(own_pairs)
+    own = torch.stack(
+        [
+            rows_of[abs(a - b)][min(a, b)] if (min(a, b), max(a, b)) in asked else zero
+            for a in range(num_views)
+            for b in range(num_views)
+        ]
+    )
+    return z, norm, inverse, own.view(num_views, num_views, num_samples)
+
+
+def embed_backward(
+    views: Sequence[Tensor],
+    normalize: bool,
+    z: Tensor,
+    norm: Tensor,
+    inverse: Tensor,
+    own: Tensor,
+    hz: Tensor,
+    grad_own: Tensor,
+    scale: Tensor,
+    needs_grad: Sequence[bool],
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the views that need one (others: empty), and the sum of ``<z_a, (H z)_a>``.
+
+    ``hz`` [V, N, D] is in the accumulation dtype and is overwritten. Views whose gradient is not
+    needed are neither read from it nor counted in the sum.
+    """
+    num_views, num_samples, dim = z.shape
+    if all(needs_grad):
+        groups = [slice(0, num_views)]
+    else:
+        groups = [slice(v, v + 1) for v in range(num_views) if needs_grad[v]]
+    inner = hz.new_zeros(num_views, num_samples)
+    coefficients = grad_own + grad_own.transpose(0, 1)
+    if normalize:
+        along_own = (coefficients * own).sum(1)
+    for rows in _chunks(num_samples, dim, z.device):
+        exact = _unrounded(views, z, inverse, normalize, rows, hz.dtype)
+        for group in groups:
+            grad = hz[group, rows]
+            torch.sum(grad * exact[group], -1, out=inner[group, rows])
+            grad.mul_(scale)
+            for b in range(num_views):
+                grad.addcmul_(coefficients[group, b, rows].unsqueeze(-1), exact[b])
+            if normalize:
+                along = torch.addcmul(along_own[group, rows], inner[group, rows], scale)
+                along.mul_(norm[group, rows] > NORM_EPS)
+                grad.addcmul_(along.unsqueeze_(-1), exact[group], value=-1)
+                grad.mul_(inverse[group, rows].unsqueeze(-1))
+    grads = [
+        part.to(view.dtype, copy=True) if needs else part.new_empty(0)
+        for part, view, needs in zip(hz.unbind(0), views, needs_grad, strict=True)
+    ]
+    return grads, inner.sum()

@@ -1,0 +1,427 @@
+"""The losses: O(V^2 N) algebra on ``neg_lse`` and the own-sample similarities.
+
+    L = sum_{a != b} w_ab * mean_j [ log den(a,j) - x(a,j; b,j) ]
+
+(Lee et al., Generalized Contrastive Learning for Universal Multimodal Retrieval, NeurIPS 2025,
+arXiv 2509.25638, for three views, all candidates and equal weights.) ``den(a,j)`` sums exp x over
+the anchor's negatives and those embeddings of its own sample that compete; see ``docs/maths.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gcl_kernels.negatives import ABSENT, negatives, prepare
+from gcl_kernels.spec import (
+    DEFAULT_TEMPERATURE,
+    LossSpec,
+    check_views,
+    make_loss_spec,
+    resolve_dtypes,
+)
+
+
+def _table(rows: Sequence[Sequence[Any]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small constant on the device, without the synchronising copy that a GPU would need."""
+    if device.type == "cpu":
+        return torch.tensor(rows, dtype=dtype)
+    table = torch.full((len(rows), len(rows)), rows[0][1], dtype=dtype, device=device)
+    for a, row in enumerate(rows):
+        for b, entry in enumerate(row):
+            if entry != rows[0][1]:
+                table[a, b] = entry
+    return table
+
+
+def _per_sample_loss(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
+    """N losses from ``neg_lse`` [V, N] and ``own_logits`` [V, V, N]."""
+    views = range(spec.num_views)
+    device, dtype = neg_lse.device, neg_lse.dtype
+    weights = _table(spec.pair_weights, dtype, device).unsqueeze(-1)
+    keeps_self = spec.self_similarity == "keep"
+    if spec.other_positives == "compete" and spec.num_views > 2:
+        competes = [
+            [spec.candidates[a][b] and (a != b or keeps_self) for b in views] for a in views
+        ]
+        terms = own_logits
+        if not all(competes[a][b] or (a == b and not keeps_self) for a in views for b in views):
+            mask = ~_table(competes, torch.bool, device).unsqueeze(-1)
+            terms = own_logits.masked_fill(mask, ABSENT)
+        log_den = torch.cat([neg_lse.unsqueeze(1), terms], 1).logsumexp(1)
+        return (weights.sum(1) * log_den).sum(0) - (weights * own_logits).sum((0, 1))
+    # No other positive in the denominator: log(1 + exp d), d = log(den - own term) - x. Its
+    # gradient keeps full relative precision where the batch is nearly solved.
+    rest = neg_lse
+    if keeps_self:
+        rest = torch.logaddexp(neg_lse, torch.stack([own_logits[a, a] for a in views]))
+    d = rest.unsqueeze(1) - own_logits
+    # softplus(d) is d to the last bit of float64 above the threshold.
+    loss = F.softplus(d, threshold=50)
+    inside = [[spec.candidates[a][b] or spec.pair_weights[a][b] == 0 for b in views] for a in views]
+    if not all(all(row) for row in inside):
+        # The positive is no candidate: it is not in its denominator (a decoupled loss).
+        loss = torch.where(_table(inside, torch.bool, device).unsqueeze(-1), loss, d)
+    return (weights * loss).sum((0, 1))
+
+
+def _loss(
+    views: Sequence[Tensor],
+    spec: LossSpec,
+    logit_scale: float | Tensor | None,
+    temperature: float | Tensor | None,
+    normalize: bool,
+    sample_ids: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    backend: str,
+) -> Tensor:
+    scale, negatives_spec = prepare(
+        views,
+        spec.candidates,
+        logit_scale,
+        temperature,
+        normalize,
+        sample_ids,
+        compute_dtype,
+        backend,
+    )
+    neg_lse, own_logits = negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec)
+    loss = _per_sample_loss(neg_lse, own_logits, spec)
+    if spec.reduction == "mean":
+        return loss.mean()
+    if spec.reduction == "sum":
+        return loss.sum()
+    return loss
+
+
+def multiview_contrastive_loss(
+    views: Sequence[Tensor],
+    logit_scale: float | Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    normalize: bool = True,
+    pair_weights: Any = None,
+    candidates: Any = None,
+    sample_ids: Tensor | None = None,
+    self_similarity: str = "mask",
+    other_positives: str = "compete",
+    reduction: str = "mean",
+    compute_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The contrastive loss over any ``V >= 2`` views of ``N`` samples.
+
+    Args:
+        views: V tensors [N, D], float64, float32, bfloat16 or float16; dtypes may differ.
+        Others: as for :func:`gcl_loss`, with tables V x V.
+
+    Returns:
+        0-d (or [N] with ``reduction="none"``), float32; float64 where the products are float64.
+
+    Raises:
+        ValueError, TypeError: malformed arguments.
+        RuntimeError: a backend asked for by name is not available here.
+    """
+    views = list(views)
+    if len(views) < 2:
+        raise ValueError(f"views: expected at least 2, got {len(views)}")
+    check_views(views, [f"views[{v}]" for v in range(len(views))])
+    spec = make_loss_spec(
+        len(views),
+        pair_weights=pair_weights,
+        candidates=candidates,
+        self_similarity=self_similarity,
+        other_positives=other_positives,
+        reduction=reduction,
+    )
+    return _loss(
+        views, spec, logit_scale, temperature, normalize, sample_ids, compute_dtype, backend
+    )
+
+
+def _fuse(e_i: Tensor, e_t: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
+    """``alpha e_i + beta e_t``, summed in at least float32: a rounded sum would be other data."""
+    dtype = torch.promote_types(torch.promote_types(e_i.dtype, e_t.dtype), torch.float32)
+    alpha, beta = weights
+    return alpha * e_i.to(dtype) + beta * e_t.to(dtype)
+
+
+def _check_fusion_weights(weights: Any, like: Tensor) -> None:
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        raise ValueError(f"fusion_weights: expected two numbers or tensors, got {weights!r}")
+    for index, weight in enumerate(weights):
+        name = f"fusion_weights[{index}]"
+        if isinstance(weight, Tensor):
+            if weight.numel() != 1 or weight.dim() > 1:
+                raise ValueError(f"{name}: expected shape [] or [1], got {list(weight.shape)}")
+            if weight.device != like.device:
+                raise ValueError(f"{name}: expected device {like.device}, got {weight.device}")
+        elif isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"{name}: expected a number or a tensor, got {type(weight).__name__}")
+        elif not -math.inf < weight < math.inf:
+            raise ValueError(f"{name}: expected a finite number, got {weight}")
+
+
+def _gcl(
+    spec: LossSpec,
+    e_i: Tensor,
+    e_t: Tensor,
+    e_it: Tensor | None,
+    logit_scale: float | Tensor | None,
+    temperature: float | Tensor | None,
+    normalize: bool,
+    sample_ids: Tensor | None,
+    fusion_weights: Sequence[float | Tensor],
+    compute_dtype: torch.dtype | None,
+    backend: str,
+) -> Tensor:
+    if e_it is None:
+        check_views((e_i, e_t), ("e_i", "e_t"))
+        _check_fusion_weights(fusion_weights, e_i)
+        # The fused view is float32 at least; it must not raise the dtype of the products.
+        compute_dtype = resolve_dtypes(compute_dtype, (e_i, e_t))[0]
+        e_it = _fuse(e_i, e_t, fusion_weights)
+    else:
+        check_views((e_i, e_t, e_it), ("e_i", "e_t", "e_it"))
+    return _loss(
+        (e_i, e_t, e_it),
+        spec,
+        logit_scale,
+        temperature,
+        normalize,
+        sample_ids,
+        compute_dtype,
+        backend,
+    )
+
+
+def gcl_loss(
+    e_i: Tensor,
+    e_t: Tensor,
+    e_it: Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    normalize: bool = True,
+    pair_weights: Any = None,
+    candidates: Any = None,
+    sample_ids: Tensor | None = None,
+    self_similarity: str = "mask",
+    other_positives: str = "compete",
+    fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
+    reduction: str = "mean",
+    compute_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The Generalized Contrastive Learning loss (Lee et al., NeurIPS 2025, arXiv 2509.25638).
+
+    Every image, text and fused embedding is an anchor that has to find the two other embeddings of
+    its sample among all 3N embeddings of the batch.
+
+    Args:
+        e_i, e_t: image and text embeddings [N, D]; float64, float32, bfloat16 or float16, dtypes
+            may differ.
+        e_it: fused embeddings [N, D]. Default: ``alpha * e_i + beta * e_t`` of the embeddings as
+            given, with ``(alpha, beta) = fusion_weights``; from raw embeddings this is UniIR's
+            CLIP-SF. ``fusion_weights`` is not used where ``e_it`` is given.
+        logit_scale, temperature: at most one; ``logit_scale = 1 / temperature``. A number > 0 or a
+            tensor of shape [] or [1] on the embeddings' device, with gradient if it requires one.
+            Default: temperature 0.07.
+        normalize: divide every embedding by ``max(length, 1e-12)`` first.
+        pair_weights: 3 x 3 finite numbers >= 0 with zero diagonal, divided by their sum; entry
+            [a][b] weighs "anchor view a finds view b". Default: the six pairs at 1/6. The order of
+            views is image, text, fused.
+        candidates: 3 x 3 booleans; entry [a][m] says whether anchors of view a meet view m in their
+            denominator. Default: all true.
+        sample_ids: N integers on the embeddings' device. Samples with equal ids are neither
+            positives nor negatives of each other. Default: all different.
+        self_similarity: ``"mask"`` leaves the anchor itself out of its denominator; ``"keep"``
+            keeps it (where ``candidates[a][a]``), the literal sum over all embeddings.
+        other_positives: ``"compete"``: a denominator holds all other views of the anchor's sample
+            that are candidates; ``"exclude"``: only the pair's own positive.
+        fusion_weights: two finite numbers or tensors of shape [] or [1] (with gradient).
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for N losses, whose mean is the mean.
+        compute_dtype: dtype of the matrix products. Default: autocast's where enabled, else the
+            inputs' common dtype. Half types are used on CUDA devices; elsewhere they compute in
+            float32.
+        backend: ``"auto"`` or a name of :func:`gcl_kernels.backends`.
+
+    Returns:
+        0-d (or [N] with ``reduction="none"``), float32; float64 where the products are float64.
+        NaN where an input holds NaN or inf.
+
+    Raises:
+        ValueError, TypeError: malformed arguments; the message names argument, expected and got.
+        RuntimeError: a backend asked for by name is not available here.
+        NotImplementedError: on differentiating the gradient (``backend="reference"`` can).
+    """
+    spec = make_loss_spec(
+        3,
+        pair_weights=pair_weights,
+        candidates=candidates,
+        self_similarity=self_similarity,
+        other_positives=other_positives,
+        reduction=reduction,
+    )
+    return _gcl(
+        spec,
+        e_i,
+        e_t,
+        e_it,
+        logit_scale,
+        temperature,
+        normalize,
+        sample_ids,
+        fusion_weights,
+        compute_dtype,
+        backend,
+    )
+
+
+def clip_loss(
+    e_i: Tensor,
+    e_t: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    normalize: bool = True,
+    pair_weights: Any = None,
+    sample_ids: Tensor | None = None,
+    reduction: str = "mean",
+    compute_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """CLIP's symmetric cross-entropy (Radford et al. 2021): candidates are the other view.
+
+    Arguments, result and errors as for :func:`gcl_loss`, with 2 x 2 ``pair_weights`` (default 1/2
+    for each direction). Equals ``open_clip.ClipLoss`` on unit vectors.
+    """
+    check_views((e_i, e_t), ("e_i", "e_t"))
+    spec = make_loss_spec(
+        2, pair_weights=pair_weights, candidates=((False, True), (True, False)), reduction=reduction
+    )
+    return _loss(
+        (e_i, e_t), spec, logit_scale, temperature, normalize, sample_ids, compute_dtype, backend
+    )
+
+
+def nt_xent_loss(
+    e_1: Tensor,
+    e_2: Tensor,
+    logit_scale: float | Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    normalize: bool = True,
+    pair_weights: Any = None,
+    sample_ids: Tensor | None = None,
+    self_similarity: str = "mask",
+    reduction: str = "mean",
+    compute_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SimCLR's NT-Xent (Chen et al. 2020): both views' embeddings, all but the anchor, compete.
+
+    Arguments, result and errors as for :func:`gcl_loss`, with 2 x 2 ``pair_weights`` (default 1/2
+    for each direction).
+    """
+    check_views((e_1, e_2), ("e_1", "e_2"))
+    spec = make_loss_spec(
+        2, pair_weights=pair_weights, self_similarity=self_similarity, reduction=reduction
+    )
+    return _loss(
+        (e_1, e_2), spec, logit_scale, temperature, normalize, sample_ids, compute_dtype, backend
+    )
+
+
+class GCLLoss(nn.Module):
+    """:func:`gcl_loss` as a module; it may own a learnable logit scale.
+
+    Args:
+        temperature: fixed temperature, or the initial one of a learnable scale; default 0.07.
+        learnable_scale: own ``log_logit_scale``, a 0-d float32 parameter initialised to
+            ``log(1 / temperature)`` and used as its exponential, at most ``max_logit_scale``
+            (CLIP's convention).
+        max_logit_scale: upper bound of the learnable scale, default 100.
+        Others: as for :func:`gcl_loss`; checked here, once.
+
+    Raises:
+        ValueError, TypeError: malformed arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float | None = None,
+        learnable_scale: bool = False,
+        max_logit_scale: float = 100.0,
+        normalize: bool = True,
+        pair_weights: Any = None,
+        candidates: Any = None,
+        self_similarity: str = "mask",
+        other_positives: str = "compete",
+        fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
+        reduction: str = "mean",
+        compute_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.spec = make_loss_spec(
+            3,
+            pair_weights=pair_weights,
+            candidates=candidates,
+            self_similarity=self_similarity,
+            other_positives=other_positives,
+            reduction=reduction,
+        )
+        for name, value in (("temperature", temperature), ("max_logit_scale", max_logit_scale)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+        self.temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
+        self.max_logit_scale = max_logit_scale
+        self.normalize = normalize
+        self.fusion_weights = fusion_weights
+        self.compute_dtype = compute_dtype
+        self.backend = backend
+        self.log_logit_scale: nn.Parameter | None = None
+        if learnable_scale:
+            self.log_logit_scale = nn.Parameter(torch.tensor(-math.log(self.temperature)))
+
+    def forward(
+        self,
+        e_i: Tensor,
+        e_t: Tensor,
+        e_it: Tensor | None = None,
+        logit_scale: float | Tensor | None = None,
+        *,
+        sample_ids: Tensor | None = None,
+    ) -> Tensor:
+        """As :func:`gcl_loss`; a ``logit_scale`` given here replaces the fixed temperature.
+
+        Raises:
+            ValueError: ``logit_scale`` given to a module that owns one.
+        """
+        temperature = None
+        if self.log_logit_scale is not None:
+            if logit_scale is not None:
+                raise ValueError("logit_scale: this module owns a learnable one, got another")
+            logit_scale = self.log_logit_scale.exp().clamp(max=self.max_logit_scale)
+        elif logit_scale is None:
+            temperature = self.temperature
+        return _gcl(
+            self.spec,
+            e_i,
+            e_t,
+            e_it,
+            logit_scale,
+            temperature,
+            self.normalize,
+            sample_ids,
+            self.fusion_weights,
+            self.compute_dtype,
+            self.backend,
+        )

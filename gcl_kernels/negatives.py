@@ -1,0 +1,393 @@
+"""``neg_lse``, the one primitive whose cost is O(M^2 D), and its gradient.
+
+    x(a,j; m,k) = s * <z_a^j, z_m^k>
+    neg_lse(a,j) = log sum over m with candidates[a][m], k with id_k != id_j of exp x(a,j; m,k)
+
+Backward, with ``g = dL/d neg_lse`` and rows numbered ``p, q`` over all ``M = V * N`` embeddings:
+
+    H_pq  = g_p exp(x_pq - neg_lse_p) + g_q exp(x_pq - neg_lse_q)     (each where it is a negative)
+    dL/dz = s * H z                dL/ds = 1/2 * sum_p <z_p, (H z)_p>
+
+Both passes visit each unordered pair of blocks once: 4 M^2 D floating-point operations where dense
+autograd takes 6. The block functions belong to the backends; the loop, the operators that
+``torch.compile`` sees, and the ``torch.autograd.Function`` are here. Own-sample similarities travel
+along because they come from the same unrounded unit vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcl_kernels.backends import reference
+from gcl_kernels.blocks import plan_blocks
+from gcl_kernels.dispatch import BACKENDS, resolve_backend
+from gcl_kernels.embeddings import embed, embed_backward
+from gcl_kernels.problem import Problem, Workspace, add_product, product
+from gcl_kernels.spec import (
+    BoolTable,
+    NegativesSpec,
+    bool_table,
+    check_sample_ids,
+    check_views,
+    resolve_dtypes,
+    resolve_scale,
+)
+
+OwnPairs = tuple[tuple[int, int], ...]
+
+ABSENT = -1e38
+"""The own-sample logit of a pair that was not asked for: exp is zero, and unlike -inf it may be
+multiplied by a zero weight and leaves every logsumexp a finite term."""
+
+
+def _make_problem(
+    z: Tensor,
+    scale: Tensor,
+    sample_ids: Tensor | None,
+    max_scale: float | None,
+    normalize: bool,
+    kept: Tensor | None,
+) -> Problem:
+    rows = z.flatten(0, 1)
+    ids = None if sample_ids is None else sample_ids.repeat(z.shape[0])
+    return Problem(rows, rows, ids, ids, scale, max_scale, normalize, kept)
+
+
+def _unflatten(flat: Sequence[Any], width: int) -> tuple[tuple[Any, ...], ...]:
+    return tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
+
+
+def _forward(
+    views: Sequence[Tensor],
+    scale: Tensor,
+    sample_ids: Tensor | None,
+    candidates: list[bool],
+    own_pairs: list[int],
+    normalize: bool,
+    max_scale: float | None,
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    module = BACKENDS[backend].module
+    pairs = _unflatten(own_pairs, 2)
+    z, norm, inverse, own = embed(views, pairs, normalize, compute_dtype, scale.dtype)
+    num_views, num_samples, _ = z.shape
+    num_rows = num_views * num_samples
+    # Zeros: the loop does not visit all of it, and an operator's result must not be left to chance.
+    kept = scale.new_zeros((num_rows if module.keeps_tiles(num_rows, num_rows) else 0,) * 2)
+    problem = _make_problem(
+        z, scale, sample_ids, max_scale, normalize, kept if kept.numel() else None
+    )
+    plan = plan_blocks(num_samples, _unflatten(candidates, num_views), module.block_rows(problem))
+    workspace = Workspace(z.device, plan)
+    stats = module.start_stats(problem)
+    for block in plan:
+        module.block_stats(problem, block, stats, stats, workspace)
+    neg_lse = stats.sum.log_().add_(stats.max).view(num_views, num_samples)
+    if not normalize:
+        neg_lse += norm
+    own_logits = own * scale
+    for a in range(num_views):
+        for b in range(num_views):
+            if (min(a, b), max(a, b)) not in pairs:
+                own_logits[a, b].fill_(ABSENT)
+    return neg_lse, own_logits, z, norm, inverse, own, kept
+
+
+def _backward(
+    views: Sequence[Tensor],
+    scale: Tensor,
+    sample_ids: Tensor | None,
+    candidates: list[bool],
+    normalize: bool,
+    max_scale: float | None,
+    backend: str,
+    z: Tensor,
+    norm: Tensor,
+    inverse: Tensor,
+    own: Tensor,
+    kept: Tensor,
+    neg_lse: Tensor,
+    grad_neg_lse: Tensor,
+    grad_own_logits: Tensor,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    module = BACKENDS[backend].module
+    num_views, num_samples, dim = z.shape
+    needs_scale = needs_grad[num_views]
+    needs_all = all(needs_grad[:num_views])
+    problem = _make_problem(
+        z, scale, sample_ids, max_scale, normalize, kept if kept.numel() else None
+    )
+    plan = plan_blocks(
+        num_samples,
+        _unflatten(candidates, num_views),
+        module.block_rows(problem),
+        per_view=not needs_all,
+    )
+    lse = neg_lse.flatten()
+    # exp(x - inf) = 0: a row without a negative has no weights, whatever the masked x is.
+    lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+    grad = grad_neg_lse.flatten().contiguous()
+    hz = torch.zeros(num_views, num_samples, dim, dtype=scale.dtype, device=z.device)
+    hz_rows = hz.view(-1, dim)
+    grad_scale = scale.new_zeros(())
+    workspace = Workspace(z.device, plan)
+    for block in plan:
+        needs_rows = needs_all or needs_grad[block.row_start // num_samples]
+        needs_cols = needs_all or needs_grad[block.col_start // num_samples]
+        if not (needs_rows or needs_cols or needs_scale):
+            continue
+        weights = module.block_weights(problem, block, lse, lse, grad, grad, workspace)
+        z_a, z_b = problem.z_rows[block.rows], problem.z_cols[block.cols]
+        if needs_scale and not (needs_rows and needs_cols):
+            # A frozen side: <z_A, H_AB z_B> is not found again in that side's rows of hz.
+            if needs_cols:
+                rows, left, right = block.cols, weights.t(), z_a
+            else:
+                rows, left, right = block.rows, weights, z_b
+            part = product(left, right, out=torch.empty_like(hz_rows[rows]))
+            one_sided = needs_rows or needs_cols or block.diagonal
+            grad_scale += (part * problem.z_rows[rows]).sum().mul_(0.5 if one_sided else 1.0)
+            if needs_rows or needs_cols:
+                hz_rows[rows] += part
+            continue
+        if needs_rows:
+            add_product(hz_rows[block.rows], weights, z_b)
+        if needs_cols and not block.diagonal:
+            add_product(hz_rows[block.cols], weights.t(), z_a)
+    if needs_scale:
+        grad_scale += (grad_own_logits * own).sum()
+    grads, inner = embed_backward(
+        views,
+        normalize,
+        z,
+        norm,
+        inverse,
+        own,
+        hz,
+        grad_own_logits * scale,
+        scale,
+        needs_grad[:num_views],
+    )
+    grad_scale += inner.mul_(0.5)
+    return [*grads, grad_scale]
+
+
+_LIBRARY = torch.library.Library("gcl_kernels", "DEF")
+_LIBRARY.define(
+    "neg_lse(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, int[] own_pairs, "
+    "bool normalize, float? max_scale, ScalarType compute_dtype, str backend) "
+    "-> (Tensor neg_lse, Tensor own_logits, Tensor z, Tensor norm, "
+    "Tensor inverse, Tensor own, Tensor kept)"
+)
+_LIBRARY.define(
+    "neg_lse_backward(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, "
+    "bool normalize, float? max_scale, str backend, Tensor z, Tensor norm, Tensor inverse, "
+    "Tensor own, Tensor kept, Tensor neg_lse, Tensor grad_neg_lse, Tensor grad_own_logits, "
+    "bool[] needs_grad) -> Tensor[]"
+)
+_LIBRARY.impl("neg_lse", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("neg_lse_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("gcl_kernels::neg_lse", lib=_LIBRARY)
+def _forward_fake(
+    views: Sequence[Tensor],
+    scale: Tensor,
+    sample_ids: Tensor | None,
+    candidates: list[bool],
+    own_pairs: list[int],
+    normalize: bool,
+    max_scale: float | None,
+    compute_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    num_views, (num_samples, dim) = len(views), views[0].shape
+    num_rows = num_views * num_samples
+    neg_lse = scale.new_empty(num_views, num_samples)
+    own = scale.new_empty(num_views, num_views, num_samples)
+    z = scale.new_empty(num_views, num_samples, dim, dtype=compute_dtype)
+    keeps = BACKENDS[backend].module.keeps_tiles(num_rows, num_rows)
+    kept = scale.new_empty((num_rows if keeps else 0,) * 2)
+    inverse = torch.empty_like(neg_lse) if normalize else scale.new_empty(0)
+    return neg_lse, torch.empty_like(own), z, torch.empty_like(neg_lse), inverse, own, kept
+
+
+@torch.library.register_fake("gcl_kernels::neg_lse_backward", lib=_LIBRARY)
+def _backward_fake(views: Sequence[Tensor], scale: Tensor, *others: Any) -> list[Tensor]:
+    needs_grad = others[-1]
+    grads = [
+        view.new_empty(view.shape) if needs else scale.new_empty(0)
+        for view, needs in zip(views, needs_grad[:-1], strict=True)
+    ]
+    return [*grads, scale.new_empty(())]
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "gcl_kernels: the gradient of the gradient exists with backend='reference' only"
+    )
+
+
+torch.library.register_autograd("gcl_kernels::neg_lse_backward", _no_double_backward, lib=_LIBRARY)
+
+
+class NegLSE(torch.autograd.Function):
+    """(scale, sample_ids, static arguments, *views) -> (neg_lse [V, N], own_logits [V, V, N])."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        candidates: list[bool],
+        own_pairs: list[int],
+        normalize: bool,
+        max_scale: float | None,
+        compute_dtype: torch.dtype,
+        backend: str,
+        sample_ids: Tensor | None,
+        scale: Tensor,
+        *views: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        neg_lse, own_logits, z, norm, inverse, own, kept = torch.ops.gcl_kernels.neg_lse(
+            views,
+            scale,
+            sample_ids,
+            candidates,
+            own_pairs,
+            normalize,
+            max_scale,
+            compute_dtype,
+            backend,
+        )
+        ctx.save_for_backward(sample_ids, scale, z, norm, inverse, own, kept, neg_lse, *views)
+        ctx.static = (candidates, normalize, max_scale, backend)
+        return neg_lse, own_logits
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        sample_ids, scale, z, norm, inverse, own, kept, neg_lse, *views = ctx.saved_tensors
+        needs_grad = [*ctx.needs_input_grad[8:], ctx.needs_input_grad[7]]
+        *grads, grad_scale = torch.ops.gcl_kernels.neg_lse_backward(
+            views,
+            scale,
+            sample_ids,
+            *ctx.static,
+            z,
+            norm,
+            inverse,
+            own,
+            kept,
+            neg_lse,
+            grad_neg_lse,
+            grad_own_logits,
+            needs_grad,
+        )
+        return (
+            *(None,) * 7,
+            grad_scale if needs_grad[-1] else None,
+            *(grad if need else None for grad, need in zip(grads, needs_grad[:-1], strict=True)),
+        )
+
+
+def negatives(
+    views: Sequence[Tensor],
+    scale: Tensor,
+    sample_ids: Tensor | None,
+    own_pairs: OwnPairs,
+    spec: NegativesSpec,
+) -> tuple[Tensor, Tensor]:
+    """``neg_lse`` [V, N] and ``own_logits`` [V, V, N]: ``s <z_a^j, z_b^j>``, ``ABSENT`` where the
+    pair was not asked for."""
+    if spec.backend == "reference":
+        neg_lse, own_logits = reference.negatives(views, scale, sample_ids, spec)
+        views_of = range(len(views))
+        absent = [[(min(a, b), max(a, b)) not in own_pairs for b in views_of] for a in views_of]
+        mask = torch.tensor(absent, device=own_logits.device).unsqueeze(-1)
+        return neg_lse, own_logits.masked_fill(mask, ABSENT)
+    return NegLSE.apply(
+        [entry for row in spec.candidates for entry in row],
+        [index for pair in own_pairs for index in pair],
+        spec.normalize,
+        spec.max_scale,
+        spec.compute_dtype,
+        spec.backend,
+        sample_ids,
+        scale,
+        *views,
+    )
+
+
+def neg_lse(
+    views: Sequence[Tensor],
+    logit_scale: float | Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    normalize: bool = True,
+    candidates: Any = None,
+    sample_ids: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log of the summed exponentials of every anchor's logits against its negatives.
+
+    The differentiable primitive on which the losses of this package stand; build others on it.
+
+        neg_lse[a, j] = log sum_{m: candidates[a][m]} sum_{k: id_k != id_j} exp(s <z_a^j, z_m^k>)
+
+    Args:
+        views: one or more tensors [N, D], float64, float32, bfloat16 or float16, dtypes may differ.
+        logit_scale, temperature: as for :func:`gcl_kernels.gcl_loss`.
+        normalize: divide embeddings by their length (at least 1e-12) first.
+        candidates: V x V booleans, row ``a`` for anchors of view ``a``; default all true. An anchor
+            view without any candidate gets -inf.
+        sample_ids: N integers; embeddings with equal ids are no negatives of each other. Default:
+            all different.
+        compute_dtype, backend: as for :func:`gcl_kernels.gcl_loss`.
+
+    Returns:
+        [V, N], float32 (float64 where the products are float64), natural logarithm; -inf for an
+        anchor without negatives, with gradient 0.
+
+    Raises:
+        ValueError, TypeError: malformed arguments; the message names what was expected and given.
+    """
+    views = list(views)
+    if not views:
+        raise ValueError("views: expected at least 1, got 0")
+    check_views(views, [f"views[{v}]" for v in range(len(views))])
+    table: BoolTable
+    if candidates is None:
+        table = tuple(tuple(True for _ in views) for _ in views)
+    else:
+        table = bool_table("candidates", candidates, len(views))
+    scale, spec = prepare(
+        views, table, logit_scale, temperature, normalize, sample_ids, compute_dtype, backend
+    )
+    return negatives(views, scale, sample_ids, (), spec)[0]
+
+
+def prepare(
+    views: Sequence[Tensor],
+    candidates: BoolTable,
+    logit_scale: float | Tensor | None,
+    temperature: float | Tensor | None,
+    normalize: bool,
+    sample_ids: Tensor | None,
+    compute_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, NegativesSpec]:
+    """Check the arguments that all losses share: the scale as a tensor, and the spec."""
+    check_sample_ids(sample_ids, views[0])
+    compute_dtype, accum_dtype = resolve_dtypes(compute_dtype, views)
+    scale, max_scale = resolve_scale(logit_scale, temperature, views[0].device, accum_dtype)
+    spec = NegativesSpec(
+        candidates, normalize, compute_dtype, accum_dtype, max_scale, resolve_backend(backend)
+    )
+    return scale, spec

@@ -1,0 +1,322 @@
+"""What is computed: one frozen :class:`LossSpec`, and every argument check.
+
+Kernels and backends trust a spec; nothing below this module validates again. All checks look at
+types, shapes, dtypes and devices only, never at tensor values, so that they neither synchronise a
+device nor break a ``torch.compile`` graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEFAULT_TEMPERATURE = 0.07
+"""CLIP's initial temperature (Radford et al. 2021), used when neither scale argument is given."""
+
+NORM_EPS = 1e-12
+"""``z = e / max(|e|, NORM_EPS)``: the constant of ``torch.nn.functional.normalize``."""
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+BoolTable = tuple[tuple[bool, ...], ...]
+FloatTable = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class NegativesSpec:
+    """What ``neg_lse`` needs to know beyond its tensors.
+
+    Attributes:
+        candidates: ``candidates[a][m]`` says whether anchors of view ``a`` meet the other samples
+            of view ``m``. Rows of views that anchor nothing are all false.
+        normalize: divide every embedding by its length first.
+        compute_dtype: dtype of the operands of the matrix products.
+        accum_dtype: dtype of norms, logits, statistics and gradient accumulators: float64 where
+            the products are float64, else float32.
+        max_scale: the logit scale where it is a Python number, else None. It lets a backend prove
+            a bound on the logits without reading a tensor.
+        backend: a name of ``dispatch.BACKENDS``, already resolved.
+    """
+
+    candidates: BoolTable
+    normalize: bool
+    compute_dtype: torch.dtype
+    accum_dtype: torch.dtype
+    max_scale: float | None
+    backend: str
+
+    @property
+    def num_views(self) -> int:
+        return len(self.candidates)
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A contrastive loss over ``V`` views: which pairs count, and what competes with them.
+
+    Attributes:
+        candidates: V x V, see :class:`NegativesSpec`.
+        pair_weights: V x V, non-negative, zero diagonal, summing to 1; ``[a][b]`` weighs the term
+            in which anchor view ``a`` has to find view ``b`` of its own sample.
+        self_similarity: ``"mask"`` or ``"keep"`` the anchor itself in its denominator.
+        other_positives: ``"compete"`` keeps the other views of the anchor's sample in every
+            denominator of the row, ``"exclude"`` leaves them out.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        own_pairs: unordered view pairs ``(a, b)``, ``a <= b``, whose own-sample similarity is
+            needed.
+    """
+
+    candidates: BoolTable
+    pair_weights: FloatTable
+    self_similarity: str
+    other_positives: str
+    reduction: str
+    own_pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def num_views(self) -> int:
+        return len(self.candidates)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def check_views(views: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raise unless all views are [N, D] floating tensors of one shape on one device, N, D >= 1."""
+    for view, name in zip(views, names, strict=True):
+        if type(view).__name__ == "DTensor":
+            raise TypeError(
+                f"{name}: expected a plain tensor, got a DTensor; pass .to_local() or "
+                ".full_tensor(), whichever the loss should see"
+            )
+        if not isinstance(view, Tensor):
+            raise TypeError(f"{name}: expected a tensor of shape [N, D], got {type(view).__name__}")
+        if view.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {view.layout}")
+        if view.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name}: expected dtype float64, float32, bfloat16 or float16, got {view.dtype}"
+            )
+        if view.dim() != 2:
+            raise ValueError(
+                f"{name}: expected a 2-D tensor [N, D], got {view.dim()}-D shape {_shape(view)}"
+            )
+        if view.shape[0] == 0 or view.shape[1] == 0:
+            raise ValueError(f"{name}: expected N >= 1 and D >= 1, got shape {_shape(view)}")
+    first = views[0]
+    for view, name in zip(views[1:], names[1:], strict=True):
+        if view.shape[0] != first.shape[0] or view.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"{name}: expected shape {_shape(first)} like {names[0]}, got {_shape(view)}"
+            )
+        if view.device != first.device:
+            raise ValueError(
+                f"{name}: expected device {first.device} like {names[0]}, got {view.device}"
+            )
+
+
+def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
+    """Raise unless ``sample_ids`` is None or N integers on the embeddings' device."""
+    if sample_ids is None:
+        return
+    if not isinstance(sample_ids, Tensor):
+        raise TypeError(
+            f"sample_ids: expected an integer tensor of shape [N], got {type(sample_ids).__name__}"
+        )
+    if sample_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"sample_ids: expected an integer dtype, got {sample_ids.dtype}")
+    if sample_ids.dim() != 1 or sample_ids.shape[0] != like.shape[0]:
+        raise ValueError(f"sample_ids: expected shape [{like.shape[0]}], got {_shape(sample_ids)}")
+    if sample_ids.device != like.device:
+        raise ValueError(f"sample_ids: expected device {like.device}, got {sample_ids.device}")
+
+
+def resolve_scale(
+    logit_scale: float | Tensor | None,
+    temperature: float | Tensor | None,
+    device: torch.device,
+    accum_dtype: torch.dtype,
+) -> tuple[Tensor, float | None]:
+    """The logit scale as a 0-d tensor in ``accum_dtype``, and its value where a number was given.
+
+    Raises:
+        ValueError: both arguments given; a number that is not finite and positive; a tensor with
+            more than one element or on another device.
+        TypeError: neither a number nor a floating tensor.
+    """
+    if logit_scale is not None and temperature is not None:
+        raise ValueError(
+            "logit_scale, temperature: expected at most one of them (logit_scale = 1 / "
+            "temperature), got both"
+        )
+    name = "logit_scale" if logit_scale is not None else "temperature"
+    value = logit_scale if logit_scale is not None else temperature
+    if value is None:
+        value = DEFAULT_TEMPERATURE
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
+        if value.numel() != 1 or value.dim() > 1:
+            raise ValueError(f"{name}: expected shape [] or [1], got {_shape(value)}")
+        if value.device != device:
+            raise ValueError(
+                f"{name}: expected device {device} like the embeddings, got {value.device}"
+            )
+        scale = value.reshape(()).to(accum_dtype)
+        return (scale if name == "logit_scale" else scale.reciprocal()), None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    number = float(value) if name == "logit_scale" else 1.0 / value
+    return torch.full((), number, dtype=accum_dtype, device=device), number
+
+
+def resolve_dtypes(
+    compute_dtype: torch.dtype | None, views: Sequence[Tensor]
+) -> tuple[torch.dtype, torch.dtype]:
+    """``(compute_dtype, accum_dtype)``: the argument, else autocast's, else the inputs'.
+
+    Half types are multiplied as such on CUDA devices only, where the products accumulate and
+    return float32; elsewhere they compute in float32.
+    """
+    device_type = views[0].device.type
+    if compute_dtype is None:
+        compute_dtype = views[0].dtype
+        for view in views[1:]:
+            compute_dtype = torch.promote_types(compute_dtype, view.dtype)
+        if compute_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+            compute_dtype = torch.get_autocast_dtype(device_type)
+    elif compute_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            "compute_dtype: expected torch.float64, float32, bfloat16 or float16, got "
+            f"{compute_dtype}"
+        )
+    if compute_dtype in HALF_DTYPES and device_type != "cuda":
+        compute_dtype = torch.float32
+    accum_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
+    return compute_dtype, accum_dtype
+
+
+def _rows(name: str, value: Any, num_views: int, entry: str) -> list[list[Any]]:
+    """``value`` as nested lists, V x V."""
+    shape = f"{num_views} x {num_views} {entry}"
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        # Its values are checked, and reading them from another device would synchronise.
+        raise ValueError(f"{name}: expected a table on the CPU, got a tensor on {value.device}")
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected {shape}, got {type(value).__name__}")
+    rows = [list(row) if isinstance(row, (list, tuple)) else [] for row in value]
+    if len(rows) != num_views or any(len(row) != num_views for row in rows):
+        raise ValueError(
+            f"{name}: expected {shape}, got {len(rows)} rows of lengths {[len(r) for r in rows]}"
+        )
+    return rows
+
+
+def bool_table(name: str, value: Any, num_views: int) -> BoolTable:
+    """``candidates`` as a V x V tuple of booleans."""
+    rows = _rows(name, value, num_views, "booleans")
+    for a, row in enumerate(rows):
+        for m, entry in enumerate(row):
+            if not isinstance(entry, (bool, int)) or entry not in (0, 1):
+                raise ValueError(f"{name}: expected booleans, got {entry!r} at [{a}][{m}]")
+    return tuple(tuple(bool(entry) for entry in row) for row in rows)
+
+
+def weight_table(name: str, value: Any, num_views: int) -> FloatTable:
+    """``pair_weights`` as a V x V tuple of floats that sum to 1."""
+    rows = _rows(name, value, num_views, "numbers")
+    total = 0.0
+    for a, row in enumerate(rows):
+        for b, entry in enumerate(row):
+            if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+                raise TypeError(f"{name}: expected numbers, got {entry!r} at [{a}][{b}]")
+            if not 0 <= entry < math.inf:
+                raise ValueError(f"{name}: expected finite numbers >= 0, got {entry} at [{a}][{b}]")
+            if a == b and entry != 0:
+                raise ValueError(f"{name}: expected a zero diagonal, got {entry} at [{a}][{a}]")
+            total += entry
+    if total == 0:
+        raise ValueError(f"{name}: expected at least one positive weight, got all zeros")
+    return tuple(tuple(entry / total for entry in row) for row in rows)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError naming the valid choices unless ``value`` is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _own_pairs(
+    candidates: BoolTable, weights: FloatTable, self_similarity: str, other_positives: str
+) -> tuple[tuple[int, int], ...]:
+    size = len(candidates)
+    pairs = []
+    for a in range(size):
+        if self_similarity == "keep" and candidates[a][a]:
+            pairs.append((a, a))
+        for b in range(a + 1, size):
+            weighted = weights[a][b] > 0 or weights[b][a] > 0
+            competing = other_positives == "compete" and (candidates[a][b] or candidates[b][a])
+            if weighted or competing:
+                pairs.append((a, b))
+    return tuple(pairs)
+
+
+def make_loss_spec(
+    num_views: int,
+    *,
+    pair_weights: Any = None,
+    candidates: Any = None,
+    self_similarity: str = "mask",
+    other_positives: str = "compete",
+    reduction: str = "mean",
+) -> LossSpec:
+    """Check a loss's options and put them in normal form.
+
+    Views that anchor no pair get an all-false row of candidates: nothing is computed for them.
+
+    Raises:
+        ValueError, TypeError: an option is malformed, or an anchor view has no candidate at all.
+    """
+    if num_views < 2:
+        raise ValueError(f"views: expected at least 2, got {num_views}")
+    check_choice("self_similarity", self_similarity, ("mask", "keep"))
+    check_choice("other_positives", other_positives, ("compete", "exclude"))
+    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    views = range(num_views)
+    if pair_weights is None:
+        uniform = 1.0 / (num_views * (num_views - 1))
+        weights = tuple(tuple(0.0 if a == b else uniform for b in views) for a in views)
+    else:
+        weights = weight_table("pair_weights", pair_weights, num_views)
+    if candidates is None:
+        table = tuple(tuple(True for _ in views) for _ in views)
+    else:
+        table = bool_table("candidates", candidates, num_views)
+    anchors = [any(w > 0 for w in weights[a]) for a in views]
+    for a in views:
+        if anchors[a] and not any(table[a]):
+            raise ValueError(
+                f"candidates: expected at least one true entry in row {a}, whose view anchors a "
+                f"weighted pair, got {table[a]}"
+            )
+    used = tuple(tuple(anchors[a] and table[a][m] for m in views) for a in views)
+    return LossSpec(
+        candidates=used,
+        pair_weights=weights,
+        self_similarity=self_similarity,
+        other_positives=other_positives,
+        reduction=reduction,
+        own_pairs=_own_pairs(used, weights, self_similarity, other_positives),
+    )

@@ -1,0 +1,58 @@
+"""Block geometry against its dense definition, exhaustively on small shapes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from gcl_kernels.backends.reference import dense_mask
+from gcl_kernels.blocks import plan_blocks
+
+TABLES = [
+    ((True,) * 3,) * 3,
+    ((False, True), (True, False)),
+    ((True, False, True), (False, False, True), (False, True, False)),
+    ((True,),),
+    ((True, True, True), (False,) * 3, (False,) * 3),
+]
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("per_view", [False, True])
+def test_every_needed_entry_is_visited_once(table, per_view):
+    for n, block_rows in itertools.product([1, 2, 5, 16, 17, 33, 50], [16, 32, 64]):
+        size = len(table) * n
+        served = torch.zeros(size, size, dtype=torch.int)
+        for block in plan_blocks(n, table, block_rows, per_view):
+            assert 0 < block.shape[0] <= block_rows and 0 < block.shape[1] <= block_rows
+            tile = torch.ones(block.shape, dtype=torch.int)
+            for offset in block.same_sample_offsets:
+                tile.diagonal(offset).zero_()
+            if block.serves_rows:
+                served[block.rows, block.cols] += tile
+            if block.serves_cols and not block.diagonal:
+                served[block.cols, block.rows] += tile.T
+            if per_view:
+                assert block.row_start // n == (block.row_stop - 1) // n
+                assert block.col_start // n == (block.col_stop - 1) // n
+        # The mask rule of the blocks, entry for entry that of the dense definition.
+        expected = dense_mask(table, torch.arange(n))
+        if not all(map(all, table)) or per_view:
+            assert torch.equal(served, expected.int())
+        else:
+            assert torch.equal(served > 0, expected) and served.max() <= 1
+
+
+def test_only_needed_blocks():
+    clip = plan_blocks(64, TABLES[1], 16)
+    assert len(clip) == 16
+    assert all(b.row_start < 64 <= b.col_start for b in clip)
+    assert len(plan_blocks(64, TABLES[0], 16)) == 12 * 13 // 2
+    assert len(plan_blocks(5, TABLES[0], 16)) == 1
+    assert len(plan_blocks(5, TABLES[4], 16)) == 3
+
+
+def test_the_plan_is_stable():
+    assert plan_blocks(50, TABLES[0], 16) == plan_blocks.__wrapped__(50, TABLES[0], 16)

@@ -1,0 +1,121 @@
+"""torch.compile, the operators' registrations, and what a compiled step computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.compiler.config
+from torch.library import opcheck
+
+import gcl_kernels
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    # Its cache on disk is keyed by the graph, which does not show the block sizes patched here.
+    torch.compiler.config.force_disable_caches = True
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    torch.compiler.config.force_disable_caches = False
+
+
+def views_of(count: int, n: int = 33, d: int = 16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, d, generator=generator).requires_grad_() for _ in range(count)]
+
+
+FUNCTIONS = {
+    "gcl": lambda e, s: gcl_kernels.gcl_loss(*e, s),
+    "gcl, fused by addition": lambda e, s: gcl_kernels.gcl_loss(e[0], e[1], None, s),
+    "gcl, all options": lambda e, s: gcl_kernels.gcl_loss(
+        *e,
+        s,
+        self_similarity="keep",
+        other_positives="exclude",
+        reduction="sum",
+        pair_weights=[[0, 1, 2], [1, 0, 1], [0, 1, 0]],
+        candidates=[[1, 1, 0], [1, 1, 1], [0, 1, 1]],
+        sample_ids=torch.arange(e[0].shape[0]) // 2,
+    ),
+    "gcl, temperature": lambda e, s: gcl_kernels.gcl_loss(*e, temperature=0.1) + 0 * s,
+    "clip": lambda e, s: gcl_kernels.clip_loss(e[0], e[1], s),
+    "nt_xent": lambda e, s: gcl_kernels.nt_xent_loss(e[0], e[1], s),
+    "reference": lambda e, s: gcl_kernels.gcl_loss(*e, s, backend="reference"),
+    "neg_lse": lambda e, s: gcl_kernels.neg_lse(e, s).mean(),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_full_graph_gives_the_eager_numbers(function, ragged):
+    def run(f):
+        views = views_of(3)
+        s = torch.tensor(15.0, requires_grad=True)
+        loss = f(views, s)
+        loss.backward()
+        return [loss.detach(), s.grad, *(v.grad for v in views)]
+
+    for eager, compiled in zip(
+        run(function), run(torch.compile(function, fullgraph=True)), strict=True
+    ):
+        if eager is None:
+            assert compiled is None
+        else:
+            size = eager.abs().max().item()
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6 * size)
+
+
+def test_dynamic_shapes_and_a_changing_temperature():
+    @torch.compile(fullgraph=True, dynamic=True)
+    def function(a, b, temperature):
+        return gcl_kernels.gcl_loss(a, b, temperature=temperature)
+
+    for n in (8, 21, 64):
+        for temperature in (0.07, 0.1, 0.5):
+            a, b = views_of(2, n)
+            loss = function(a, b, temperature)
+            expected = gcl_kernels.gcl_loss(a, b, temperature=temperature)
+            torch.testing.assert_close(loss, expected)
+            for x, y in zip(
+                *(torch.autograd.grad(v, (a, b)) for v in (loss, expected)), strict=True
+            ):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_module_and_autocast():
+    module = gcl_kernels.GCLLoss(learnable_scale=True)
+    compiled = torch.compile(module, fullgraph=True)
+    views = views_of(3)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = compiled(*views)
+            assert loss.dtype == torch.float32
+            torch.testing.assert_close(loss, module(*views))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("ids", [None, torch.arange(12) // 2])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float64])
+def test_opcheck(normalize, ids, compute_dtype):
+    views = [v.detach() for v in views_of(3, 12)]
+    scale = torch.tensor(3.0, dtype=compute_dtype)
+    static = ([True, True, False] * 3, normalize, None)
+    forward = (views, scale, ids, static[0], [0, 0, 0, 1], normalize, None, compute_dtype, "tiled")
+    opcheck(torch.ops.gcl_kernels.neg_lse.default, forward)
+    neg_lse, own_logits, *saved = torch.ops.gcl_kernels.neg_lse(*forward)
+    for needs in ([True] * 4, [True, False, True, False]):
+        opcheck(
+            torch.ops.gcl_kernels.neg_lse_backward.default,
+            (
+                views,
+                scale,
+                ids,
+                *static,
+                "tiled",
+                *saved,
+                neg_lse,
+                torch.rand_like(neg_lse),
+                torch.rand_like(own_logits),
+                needs,
+            ),
+        )

@@ -1,0 +1,288 @@
+"""Malformed arguments: one line that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gcl_kernels
+from gcl_kernels import GCLLoss, clip_loss, gcl_loss, multiview_contrastive_loss, neg_lse
+
+E = torch.randn(4, 8)
+TABLE = [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
+
+
+class DTensor(torch.Tensor):
+    """Stands for torch.distributed's, which needs a process group to exist."""
+
+
+CASES = {
+    "N differs": (
+        lambda: gcl_loss(E, torch.randn(5, 8)),
+        ValueError,
+        r"e_t: expected shape \[4, 8\].*\[5, 8\]",
+    ),
+    "D differs": (
+        lambda: gcl_loss(E, E, torch.randn(4, 9)),
+        ValueError,
+        r"e_it: expected.*\[4, 9\]",
+    ),
+    "N is 0": (lambda: gcl_loss(E[:0], E[:0]), ValueError, r"e_i: expected N >= 1.*\[0, 8\]"),
+    "D is 0": (lambda: gcl_loss(E[:, :0], E[:, :0]), ValueError, r"D >= 1.*\[4, 0\]"),
+    "1-D": (lambda: gcl_loss(E[0], E), ValueError, r"e_i: expected a 2-D.*1-D shape \[8\]"),
+    "scale in the place of e_it": (
+        lambda: gcl_loss(E, E, torch.tensor(10.0)),
+        ValueError,
+        r"e_it: expected a 2-D",
+    ),
+    "integers": (
+        lambda: gcl_loss(E, E.long()),
+        TypeError,
+        r"e_t: expected dtype float64.*torch.int64",
+    ),
+    "complex": (lambda: gcl_loss(E, E.cfloat()), TypeError, r"e_t: expected dtype.*complex64"),
+    "no tensor": (lambda: gcl_loss(E, [1.0]), TypeError, r"e_t: expected a tensor.*list"),
+    "sparse": (lambda: gcl_loss(E.to_sparse(), E), TypeError, r"e_i: expected a dense tensor"),
+    "DTensor": (
+        lambda: gcl_loss(E, E.as_subclass(DTensor)),
+        TypeError,
+        r"e_t: .*DTensor.*to_local",
+    ),
+    "device": (lambda: clip_loss(E, E.to("meta")), ValueError, r"e_t: expected device cpu.*meta"),
+    "negative weight": (
+        lambda: gcl_loss(E, E, pair_weights=[[0, -1, 1], *TABLE[1:]]),
+        ValueError,
+        r"pair_weights: expected finite numbers >= 0, got -1 at \[0\]\[1\]",
+    ),
+    "infinite weight": (
+        lambda: gcl_loss(E, E, pair_weights=[[0, float("inf"), 1], *TABLE[1:]]),
+        ValueError,
+        r"pair_weights: expected finite.*inf",
+    ),
+    "NaN weight": (
+        lambda: gcl_loss(E, E, pair_weights=[[0, float("nan"), 1], *TABLE[1:]]),
+        ValueError,
+        r"pair_weights: expected finite.*nan",
+    ),
+    "zero weights": (
+        lambda: gcl_loss(E, E, pair_weights=torch.zeros(3, 3)),
+        ValueError,
+        r"all zeros",
+    ),
+    "weight of a view with itself": (
+        lambda: gcl_loss(E, E, pair_weights=[[1, 1, 1], *TABLE[1:]]),
+        ValueError,
+        r"pair_weights: expected a zero diagonal, got 1 at \[0\]\[0\]",
+    ),
+    "weights of the wrong size": (
+        lambda: gcl_loss(E, E, pair_weights=[[0, 1], [1, 0]]),
+        ValueError,
+        r"pair_weights: expected 3 x 3.*2 rows of lengths \[2, 2\]",
+    ),
+    "weights no table": (
+        lambda: gcl_loss(E, E, pair_weights=1.0),
+        TypeError,
+        r"pair_weights: expected 3 x 3.*float",
+    ),
+    "candidates no booleans": (
+        lambda: gcl_loss(E, E, candidates=[[0.5, 1, 1], *TABLE[1:]]),
+        ValueError,
+        r"candidates: expected booleans, got 0.5",
+    ),
+    "row without candidates": (
+        lambda: gcl_loss(E, E, candidates=[[0, 0, 0], *TABLE[1:]]),
+        ValueError,
+        r"candidates: expected at least one true entry in row 0",
+    ),
+    "both scale and temperature": (
+        lambda: gcl_loss(E, E, logit_scale=10.0, temperature=0.1),
+        ValueError,
+        r"logit_scale, temperature: expected at most one",
+    ),
+    "temperature 0": (
+        lambda: gcl_loss(E, E, temperature=0.0),
+        ValueError,
+        r"temperature: expected.*got 0.0",
+    ),
+    "temperature < 0": (
+        lambda: gcl_loss(E, E, temperature=-1),
+        ValueError,
+        r"temperature: expected.*got -1",
+    ),
+    "scale NaN": (
+        lambda: gcl_loss(E, E, logit_scale=float("nan")),
+        ValueError,
+        r"logit_scale: .*got nan",
+    ),
+    "scale of two elements": (
+        lambda: gcl_loss(E, E, None, torch.ones(2)),
+        ValueError,
+        r"logit_scale: .*\[\] or \[1\]",
+    ),
+    "scale integer tensor": (
+        lambda: gcl_loss(E, E, None, torch.tensor(2)),
+        TypeError,
+        r"logit_scale: .*torch.int64",
+    ),
+    "scale no number": (
+        lambda: gcl_loss(E, E, None, "10"),
+        TypeError,
+        r"logit_scale: expected a number.*str",
+    ),
+    "scale elsewhere": (
+        lambda: gcl_loss(E, E, None, torch.ones((), device="meta")),
+        ValueError,
+        r"logit_scale: expected device cpu.*meta",
+    ),
+    "ids float": (
+        lambda: gcl_loss(E, E, sample_ids=torch.ones(4)),
+        TypeError,
+        r"sample_ids: .*float32",
+    ),
+    "ids list": (lambda: gcl_loss(E, E, sample_ids=[1, 2, 3, 4]), TypeError, r"sample_ids: .*list"),
+    "ids of wrong length": (
+        lambda: gcl_loss(E, E, sample_ids=torch.arange(3)),
+        ValueError,
+        r"sample_ids: expected shape \[4\], got \[3\]",
+    ),
+    "backend": (
+        lambda: gcl_loss(E, E, backend="cuda13"),
+        ValueError,
+        r"backend: expected one of 'auto', .*'reference', 'tiled'.*got 'cuda13'",
+    ),
+    "reduction": (
+        lambda: gcl_loss(E, E, reduction="avg"),
+        ValueError,
+        r"reduction: .*'none', got 'avg'",
+    ),
+    "self_similarity": (
+        lambda: gcl_loss(E, E, self_similarity="drop"),
+        ValueError,
+        r"'mask', 'keep', got 'drop'",
+    ),
+    "other_positives": (
+        lambda: gcl_loss(E, E, other_positives=None),
+        ValueError,
+        r"'exclude', got None",
+    ),
+    "compute_dtype": (
+        lambda: gcl_loss(E, E, compute_dtype=torch.int8),
+        ValueError,
+        r"compute_dtype: .*int8",
+    ),
+    "fusion weights": (
+        lambda: gcl_loss(E, E, fusion_weights=(1.0,)),
+        ValueError,
+        r"fusion_weights: expected two",
+    ),
+    "fusion weight NaN": (
+        lambda: gcl_loss(E, E, fusion_weights=(1.0, float("nan"))),
+        ValueError,
+        r"fusion_weights\[1\]: expected a finite",
+    ),
+    "one view": (
+        lambda: multiview_contrastive_loss([E]),
+        ValueError,
+        r"views: expected at least 2, got 1",
+    ),
+    "no view": (lambda: neg_lse([]), ValueError, r"views: expected at least 1, got 0"),
+    "module temperature": (
+        lambda: GCLLoss(temperature=-0.1),
+        ValueError,
+        r"temperature: .*got -0.1",
+    ),
+    "module option": (lambda: GCLLoss(reduction="max"), ValueError, r"reduction: .*got 'max'"),
+    "two scales": (
+        lambda: GCLLoss(learnable_scale=True)(E, E, None, torch.tensor(3.0)),
+        ValueError,
+        r"logit_scale: this module owns",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, error, message", CASES.values(), ids=CASES.keys())
+def test_message(call, error, message):
+    with pytest.raises(error) as caught:
+        call()
+    text = str(caught.value)
+    assert re.search(message, text), text
+    assert "\n" not in text
+
+
+def test_environment_variable_names_the_automatic_backend(monkeypatch):
+    monkeypatch.setenv("GCL_KERNELS_BACKEND", "reference")
+    leaf = E.double().requires_grad_()
+    (grad,) = torch.autograd.grad(gcl_loss(leaf, E.double()), leaf, create_graph=True)
+    torch.autograd.grad(grad.sum(), leaf)
+    with pytest.raises(NotImplementedError):
+        (grad,) = torch.autograd.grad(
+            gcl_loss(leaf, E.double(), backend="tiled"), leaf, create_graph=True
+        )
+        torch.autograd.grad(grad.sum(), leaf)
+    monkeypatch.setenv("GCL_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="GCL_KERNELS_BACKEND: expected one of 'auto'.*'fast'"):
+        gcl_loss(E, E)
+
+
+def test_unavailable_backend_says_why():
+    for name, state in gcl_kernels.backends().items():
+        if state != "available":
+            with pytest.raises(RuntimeError, match=f"backend: '{name}' is not available"):
+                gcl_loss(E, E, backend=name)
+
+
+def test_module_owns_a_bounded_learnable_scale():
+    module = GCLLoss(learnable_scale=True, temperature=0.05, max_logit_scale=50.0)
+    ((name, parameter),) = module.named_parameters()
+    assert name == "log_logit_scale" and parameter.exp().item() == pytest.approx(20)
+    torch.testing.assert_close(module(E, E.flip(0)), gcl_loss(E, E.flip(0), logit_scale=20.0))
+    module(E, E.flip(0)).backward()
+    assert parameter.grad is not None and parameter.grad != 0
+    with torch.no_grad():
+        parameter.fill_(10.0)
+    torch.testing.assert_close(module(E, E.flip(0)), gcl_loss(E, E.flip(0), logit_scale=50.0))
+    plain = GCLLoss()
+    assert not list(plain.parameters())
+    torch.testing.assert_close(plain(E, E.flip(0)), gcl_loss(E, E.flip(0), temperature=0.07))
+    ids = torch.tensor([0, 0, 1, 2])
+    torch.testing.assert_close(
+        plain(E, E.flip(0), E + 1, 3.0, sample_ids=ids),
+        gcl_loss(E, E.flip(0), E + 1, 3.0, sample_ids=ids),
+    )
+
+
+def _fresh(code: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "GCL_KERNELS_BACKEND"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_without_triton():
+    """Where `import triton` fails, the package imports and the tiled path runs."""
+    _fresh(
+        "import sys, importlib.abc, torch\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'triton']:\n"
+        "    del sys.modules[name]\n"
+        "class Block(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.split('.')[0] == 'triton': raise ImportError('blocked')\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import gcl_kernels\n"
+        "e = torch.randn(4, 8, requires_grad=True)\n"
+        "gcl_kernels.gcl_loss(e, e.detach().flip(0)).backward()\n"
+        "assert 'triton' not in sys.modules\n"
+        "assert gcl_kernels.backends()['tiled'] == 'available'\n"
+    )
+
+
+def test_import_loads_no_optional_package():
+    loaded = _fresh("import sys, gcl_kernels; print(*sys.modules)").split()
+    assert not {"triton", "open_clip", "matplotlib"} & set(loaded)

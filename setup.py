@@ -1,0 +1,5 @@
+"""Everything static is in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
