@@ -1,0 +1,322 @@
+"""open_clip: a loss for its trainers and models that return fused image-text embeddings.
+
+Made for open_clip 3.3.0 (`open_clip_train.main`) and for the `CLIPTask` of its 4.x branch. The
+adapter renames arguments and holds no maths: `gcl_kernels.gcl_loss` is the loss.
+
+    import open_clip_train.main as program
+    from gcl_kernels.integrations import open_clip as gcl
+
+    program.create_loss = gcl.create_loss
+    program.create_model_and_transforms = gcl.create_model_and_transforms   # for exact CLIP-SF
+    program.main(["--model", "ViT-B-32", "--train-data", ...])
+
+Two ways to a fused embedding:
+
+- `GCLLoss` on any open_clip model adds what it receives. These features are L2-normalised, so an
+  image and a text count equally: `z_it = normalise(alpha z_i + beta z_t)`.
+- `FusedCLIP` adds the raw embeddings, as CLIP-SF (UniIR) does: `z_it = normalise(alpha e_i +
+  beta e_t)`, in which the longer embedding counts more. It returns `fused_features` for the loss.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gcl_kernels
+
+try:
+    import open_clip
+except ModuleNotFoundError as error:
+    if error.name != "open_clip":  # open_clip is there, and something that it needs is not
+        raise
+    raise ImportError(
+        "gcl_kernels.integrations.open_clip needs open_clip: pip install open_clip_torch"
+    ) from error
+
+__all__ = [
+    "FusedCLIP",
+    "FusedCustomTextCLIP",
+    "GCLLoss",
+    "create_loss",
+    "create_model_and_transforms",
+]
+
+
+class GCLLoss(nn.Module):
+    """`gcl_kernels.gcl_loss` with the constructor and the call of `open_clip.ClipLoss`.
+
+    Args:
+        local_loss, gather_with_grad, cache_labels, rank: accepted because open_clip passes them;
+            with one process they change nothing, here as in `ClipLoss`.
+        world_size: number of processes, 1.
+        use_horovod: False.
+        pair_weights, candidates, self_similarity, other_positives, fusion_weights, compute_dtype,
+            backend: as in `gcl_kernels.gcl_loss`, same defaults. `fusion_weights` serves batches
+            without `fused_features`.
+
+    Raises:
+        ValueError, TypeError: malformed options, as from `gcl_kernels.GCLLoss`.
+        NotImplementedError: `world_size` above 1, a `torch.distributed` process group of more
+            than one process, or `use_horovod`.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        pair_weights: Any = None,
+        candidates: Any = None,
+        self_similarity: str = "mask",
+        other_positives: str = "compete",
+        fusion_weights: tuple[float, float] = (1.0, 1.0),
+        compute_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            raise NotImplementedError("GCLLoss does not support horovod (use_horovod=True)")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # open_clip 4.x users construct the loss themselves: without this, a forgotten
+            # world_size would silently train every process on its own negatives alone.
+            world_size = max(world_size, torch.distributed.get_world_size())
+        if world_size != 1:
+            raise NotImplementedError(
+                f"GCLLoss runs in one process so far: expected world_size 1, got {world_size}"
+            )
+        self.loss = gcl_kernels.GCLLoss(
+            # open_clip's features are normalised already, and normalising again is O(N D) beside
+            # O(N^2 D): it takes out the half types' rounding of the lengths, and what it takes
+            # out of the gradient (the part along the feature) the model's normalisation would.
+            normalize=True,
+            pair_weights=pair_weights,
+            candidates=candidates,
+            self_similarity=self_similarity,
+            other_positives=other_positives,
+            fusion_weights=fusion_weights,
+            compute_dtype=compute_dtype,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        fused_features: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of one batch, a scalar (float32, or float64 for float64 features).
+
+        Args:
+            image_features: (N, D), row j the image of sample j; float16, bfloat16, float32 or
+                float64, L2-normalised or not.
+            text_features: (N, D), the text of the same samples.
+            logit_scale: shape [] or [1], already exponentiated.
+            logit_bias: shape [] or [1] or None; a constant added to every logit of a softmax
+                changes nothing, so it gets a gradient of zero.
+            fused_features: (N, D) or None. None: the fused embedding is the sum of the given
+                features weighted by `fusion_weights`, which is not CLIP-SF where the features
+                were normalised before (see `FusedCLIP`).
+            output_dict: return `{"contrastive_loss": loss}`. open_clip 3.3.0 sums every entry, so
+                there is one.
+        """
+        loss = self.loss(image_features, text_features, fused_features, logit_scale)
+        if logit_bias is not None:
+            # DistributedDataParallel fails on a parameter that takes no part in the loss.
+            loss = loss + 0 * logit_bias.sum()
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def create_loss(args: Any, **options: Any) -> GCLLoss:
+    """Stands in for `open_clip.create_loss`: assign it to `open_clip_train.main.create_loss`.
+
+    Args:
+        args: the parsed arguments of open_clip's training program.
+        options: keyword arguments of `GCLLoss`, bound with `functools.partial`.
+
+    Raises:
+        ValueError: `args` ask for a loss of another kind: distillation, CoCa or SigLIP.
+        NotImplementedError: more than one process, or horovod.
+    """
+    for asked, why in (
+        (args.distill, "--distill-model"),
+        ("coca" in args.model.lower(), f"--model {args.model}"),
+        (args.siglip, "--siglip"),
+    ):
+        if asked:
+            raise ValueError(
+                f"GCLLoss replaces open_clip's ClipLoss only: {why} asks for another loss"
+            )
+    return GCLLoss(
+        local_loss=args.local_loss,
+        gather_with_grad=args.gather_with_grad,
+        cache_labels=True,
+        rank=args.rank,
+        world_size=args.world_size,
+        use_horovod=getattr(args, "horovod", False),  # 4.x has no such argument
+        **options,
+    )
+
+
+_Self = TypeVar("_Self", bound="_Fused")
+
+
+class _Fused(nn.Module):
+    """What `FusedCLIP` and `FusedCustomTextCLIP` add to their open_clip class."""
+
+    _extends: ClassVar[type[nn.Module]]
+    encode_image: Callable[..., Tensor]
+    encode_text: Callable[..., Tensor]
+    logit_scale: Tensor
+    logit_bias: Tensor | None
+    output_dict: bool
+    fusion_weights: tuple[float, float]
+
+    def __init__(
+        self, *args: Any, fusion_weights: tuple[float, float] = (1.0, 1.0), **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.fusion_weights = _checked_fusion_weights(fusion_weights)
+
+    @classmethod
+    def from_clip(
+        cls: type[_Self], model: nn.Module, fusion_weights: tuple[float, float] = (1.0, 1.0)
+    ) -> _Self:
+        """A fused model on the weights of `model`: shared, not copied; `model` stays as it is.
+
+        Raises:
+            TypeError: `model` is not an instance of the open_clip class that `cls` extends
+                (a model wrapped by DDP, `torch.compile` or TorchScript is not: convert it before).
+        """
+        if not isinstance(model, cls._extends):
+            raise TypeError(
+                f"{cls.__name__}.from_clip: expected an open_clip.{cls._extends.__name__}, "
+                f"got {type(model).__name__}"
+            )
+        fused = cls.__new__(cls)
+        # Own containers, shared contents: a submodule replaced on one model stays on the other.
+        # `__getstate__` leaves out what `model.compile()` made, which would run model's forward.
+        fused.__dict__ = {
+            name: copy.copy(value) if isinstance(value, dict | set) else value
+            for name, value in model.__getstate__().items()
+        }
+        fused.fusion_weights = _checked_fusion_weights(fusion_weights)
+        return fused
+
+    def encode_fused(self, image: Tensor, text: Tensor, normalize: bool = False) -> Tensor:
+        """Embeddings (N, D) of image-text pairs: `alpha encode_image + beta encode_text`.
+
+        Args:
+            image: (N, 3, H, W).
+            text: (N, context_length) token ids.
+            normalize: L2-normalise the sum.
+        """
+        image_embeddings = self.encode_image(image)
+        fused = self._fuse(image_embeddings, self.encode_text(text))
+        if normalize:
+            fused = F.normalize(fused, dim=-1)
+        return fused.to(image_embeddings.dtype)
+
+    def _fuse(self, image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+        # In float32 at least: the sum of half types would be rounded before its length is taken.
+        dtype = torch.promote_types(image_embeddings.dtype, torch.float32)
+        alpha, beta = self.fusion_weights
+        return alpha * image_embeddings.to(dtype) + beta * text_embeddings.to(dtype)
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> Any:
+        """As the open_clip class, and with both inputs and `output_dict` one more entry.
+
+        Args:
+            image: (N, 3, H, W) or None.
+            text: (N, context_length) token ids or None.
+
+        Returns:
+            With `output_dict`: `image_features`, `text_features`, `logit_scale`, `logit_bias`
+            where the model has one and, where both inputs are given, `fused_features`: (N, D),
+            normalised. Without `output_dict`: the open_clip class's tuple and nothing else, since
+            its callers unpack three entries, or four of which the last is `logit_bias`
+            (`encode_fused` serves there).
+        """
+        if image is None or text is None or not self.output_dict:
+            return super().forward(image, text)
+        image_embeddings = self.encode_image(image)
+        text_embeddings = self.encode_text(text)
+        image_features = F.normalize(image_embeddings, dim=-1)
+        fused_features = F.normalize(self._fuse(image_embeddings, text_embeddings), dim=-1)
+        out = {
+            "image_features": image_features,
+            "text_features": F.normalize(text_embeddings, dim=-1),
+            "fused_features": fused_features.to(image_features.dtype),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        return out
+
+
+class FusedCLIP(_Fused, open_clip.CLIP):
+    """`open_clip.CLIP` that also returns `fused_features`, the score fusion of CLIP-SF (UniIR).
+
+    The raw embeddings are added, `fusion_weights[0] * image + fusion_weights[1] * text`, and the
+    sum is normalised. Everything else is `open_clip.CLIP`: constructor arguments, `model(image=x)`
+    and `model(text=y)` alone, and the state dict, so that checkpoints go both ways. `GCLLoss`
+    takes the output as it is; open_clip's own losses do not know `fused_features`.
+
+    Args:
+        fusion_weights: keyword only, `(alpha, beta)`, two finite numbers, not both zero.
+        args, kwargs: those of `open_clip.CLIP`.
+    """
+
+    _extends = open_clip.CLIP
+
+
+class FusedCustomTextCLIP(_Fused, open_clip.CustomTextCLIP):
+    """`FusedCLIP` over `open_clip.CustomTextCLIP`, the class of configs with `custom_text`."""
+
+    _extends = open_clip.CustomTextCLIP
+
+
+def create_model_and_transforms(
+    *args: Any, fusion_weights: tuple[float, float] = (1.0, 1.0), **kwargs: Any
+) -> tuple[nn.Module, Callable[..., Any], Callable[..., Any]]:
+    """`open_clip.create_model_and_transforms`, and the model is a `FusedCLIP`.
+
+    Assign it to `open_clip_train.main.create_model_and_transforms`, with other `fusion_weights`
+    bound by `functools.partial`. Pretrained weights load as in open_clip.
+
+    Args:
+        fusion_weights: as in `FusedCLIP`.
+        args, kwargs: those of `open_clip.create_model_and_transforms`.
+
+    Returns:
+        The model (a `FusedCustomTextCLIP` for configs with `custom_text`), the training
+        transform and the evaluation transform.
+
+    Raises:
+        TypeError: the model is neither a CLIP nor a CustomTextCLIP (CoCa, a TorchScript model).
+    """
+    model, *transforms = open_clip.create_model_and_transforms(*args, **kwargs)
+    fused_class = FusedCustomTextCLIP if isinstance(model, open_clip.CustomTextCLIP) else FusedCLIP
+    return fused_class.from_clip(model, fusion_weights), *transforms
+
+
+def _checked_fusion_weights(fusion_weights: Sequence[float]) -> tuple[float, float]:
+    weights = tuple(float(weight) for weight in fusion_weights)
+    if len(weights) != 2 or not all(map(math.isfinite, weights)) or not any(weights):
+        raise ValueError(
+            f"fusion_weights: expected two finite numbers, not both zero, got {fusion_weights!r}"
+        )
+    return weights

