@@ -17,8 +17,9 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m examples.emoji_retrieval $(ARGS)
 
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks/bench_loss.py --benchmark-only $(ARGS)
-	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m pytest benchmarks/bench_loss.py --benchmark-only \
+		--benchmark-columns=median --benchmark-sort=name --benchmark-json=$(VENV)/bench.json
+	$(BIN)/python -m benchmarks.table $(VENV)/bench.json $(ARGS)
 
 # On a machine with a GPU, in whatever environment is active there.
 gpu-report:

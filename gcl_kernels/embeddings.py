@@ -58,12 +58,11 @@ def embed(
     compute_dtype: torch.dtype,
     accum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns ``z`` [V, N, D], ``norm`` and ``1 / max(norm, eps)`` [V, N], and ``own`` [V, V, N]
-    (zero where not asked for).
+    """Returns ``z`` [V, N, D], ``norm`` and ``1 / max(norm, eps)`` [V, N] (both empty without
+    ``normalize``), and ``own`` [V, V, N] (zero where not asked for).
 
-    Without ``normalize`` the second result holds 0 for finite rows and NaN for others: added to a
-    row's statistics it keeps an infinite embedding from passing for a candidate of weight zero. The
-    third is then empty.
+    An infinite embedding gives NaN: as it is, its logits of -inf would pass for candidates of
+    weight zero.
     """
     num_views, (num_samples, dim) = len(views), views[0].shape
     device = views[0].device
@@ -74,11 +73,13 @@ def embed(
             inverse = _inverse_norm(norm)
             z.mul_(inverse.unsqueeze(-1))
         else:
-            norm, inverse = z.sum(-1).mul_(0), z.new_empty(0)
+            norm, inverse = z.new_empty(0), z.new_empty(0)
+            z.add_(z, alpha=0)  # inf + 0 * inf
     else:
         z = torch.empty(num_views, num_samples, dim, dtype=compute_dtype, device=device)
-        norm = torch.empty(num_views, num_samples, dtype=accum_dtype, device=device)
-        inverse = torch.empty_like(norm) if normalize else norm.new_empty(0)
+        shape = (num_views, num_samples) if normalize else (0,)
+        norm = torch.empty(shape, dtype=accum_dtype, device=device)
+        inverse = torch.empty_like(norm)
         for rows in _chunks(num_samples, dim, device):
             part = torch.stack([view[rows].to(accum_dtype) for view in views])
             if normalize:
@@ -86,7 +87,7 @@ def embed(
                 inverse[:, rows] = _inverse_norm(norm[:, rows])
                 part.mul_(inverse[:, rows].unsqueeze(-1))
             else:
-                norm[:, rows] = part.sum(-1).mul_(0)
+                part.add_(part, alpha=0)
             z[:, rows] = part
     # Dots of views v and v + shift for all v at once; the pairs asked for say which shifts.
     dots = {b - a: norm.new_empty(num_views - (b - a), num_samples) for a, b in own_pairs}

@@ -151,7 +151,7 @@ def _fuse(e_i: Tensor, e_t: Tensor, weights: Sequence[float | Tensor]) -> Tensor
     return alpha * e_i.to(dtype) + beta * e_t.to(dtype)
 
 
-def _check_fusion_weights(weights: Any, like: Tensor) -> None:
+def _check_fusion_weights(weights: Any, device: torch.device | None = None) -> None:
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         raise ValueError(f"fusion_weights: expected two numbers or tensors, got {weights!r}")
     for index, weight in enumerate(weights):
@@ -159,8 +159,8 @@ def _check_fusion_weights(weights: Any, like: Tensor) -> None:
         if isinstance(weight, Tensor):
             if weight.numel() != 1 or weight.dim() > 1:
                 raise ValueError(f"{name}: expected shape [] or [1], got {list(weight.shape)}")
-            if weight.device != like.device:
-                raise ValueError(f"{name}: expected device {like.device}, got {weight.device}")
+            if device is not None and weight.device != device:
+                raise ValueError(f"{name}: expected device {device}, got {weight.device}")
         elif isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise TypeError(f"{name}: expected a number or a tensor, got {type(weight).__name__}")
         elif not -math.inf < weight < math.inf:
@@ -182,7 +182,7 @@ def _gcl(
 ) -> Tensor:
     if e_it is None:
         check_views((e_i, e_t), ("e_i", "e_t"))
-        _check_fusion_weights(fusion_weights, e_i)
+        _check_fusion_weights(fusion_weights, e_i.device)
         # The fused view is float32 at least; it must not raise the dtype of the products.
         compute_dtype = resolve_dtypes(compute_dtype, (e_i, e_t))[0]
         e_it = _fuse(e_i, e_t, fusion_weights)
@@ -381,6 +381,7 @@ class GCLLoss(nn.Module):
         for name, value in (("temperature", temperature), ("max_logit_scale", max_logit_scale)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+        _check_fusion_weights(fusion_weights)
         self.temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
         self.max_logit_scale = max_logit_scale
         self.normalize = normalize

@@ -88,8 +88,6 @@ def _forward(
     for block in plan:
         module.block_stats(problem, block, stats, stats, workspace)
     neg_lse = stats.sum.log_().add_(stats.max).view(num_views, num_samples)
-    if not normalize:
-        neg_lse += norm
     own_logits = own * scale
     for a in range(num_views):
         for b in range(num_views):
@@ -214,8 +212,8 @@ def _forward_fake(
     z = scale.new_empty(num_views, num_samples, dim, dtype=compute_dtype)
     keeps = BACKENDS[backend].module.keeps_tiles(num_rows, num_rows)
     kept = scale.new_empty((num_rows if keeps else 0,) * 2)
-    inverse = torch.empty_like(neg_lse) if normalize else scale.new_empty(0)
-    return neg_lse, torch.empty_like(own), z, torch.empty_like(neg_lse), inverse, own, kept
+    norm = scale.new_empty((num_views, num_samples) if normalize else 0)
+    return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept
 
 
 @torch.library.register_fake("gcl_kernels::neg_lse_backward", lib=_LIBRARY)

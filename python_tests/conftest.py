@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# torch.use_deterministic_algorithms asks this of cuBLAS, before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import pytest
 import torch
 

@@ -196,6 +196,11 @@ CASES = {
         ValueError,
         r"temperature: .*got -0.1",
     ),
+    "module fusion weights": (
+        lambda: GCLLoss(fusion_weights=(1.0, "2")),
+        TypeError,
+        r"fusion_weights\[1\]: expected a number or a tensor, got str",
+    ),
     "module option": (lambda: GCLLoss(reduction="max"), ValueError, r"reduction: .*got 'max'"),
     "two scales": (
         lambda: GCLLoss(learnable_scale=True)(E, E, None, torch.tensor(3.0)),

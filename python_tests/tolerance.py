@@ -20,15 +20,16 @@ def assert_accurate(
     Args:
         result: what is judged, in its own dtype.
         exact: float64 oracle.
-        dense: the dense computation, in the accumulation dtype of ``result``.
+        dense: the dense computation with logits in the accumulation dtype.
         term_size: norm of the tensor made of the sizes of the terms that each entry sums.
     """
     assert result.shape == exact.shape, f"{name}: shape {result.shape}, expected {exact.shape}"
     difference = result.detach().double() - exact
     error = difference.norm().item()
     dense_error = (dense.detach().double() - exact).norm().item()
+    accum_dtype = torch.promote_types(result.dtype, torch.float32)
     rounding = torch.finfo(result.dtype).eps * exact.norm().item()
-    floor = 4 * torch.finfo(dense.dtype).eps * term_size
+    floor = 4 * torch.finfo(accum_dtype).eps * term_size
     bound = 2 * dense_error + rounding + floor
     if not error <= bound:
         worst = difference.abs().nan_to_num(nan=torch.inf).argmax().item()

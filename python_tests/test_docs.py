@@ -1,0 +1,63 @@
+"""What the documents show runs, and the losses that they build are what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/own_losses.md"]
+
+
+def run_blocks(page: str) -> dict:
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
+        exec(compile(block, page, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_runs(page):
+    assert run_blocks(page)
+
+
+def test_links_lead_somewhere():
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
+            if "://" not in target:
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_supervised_contrastive_loss():
+    views = [torch.randn(12, 6, dtype=torch.float64) for _ in range(2)]
+    labels = torch.arange(12) % 5
+    z = F.normalize(torch.cat(views), dim=-1)
+    x = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
+    both = torch.cat([labels, labels])
+    positive = (both[:, None] == both[None, :]).fill_diagonal_(False)
+    log_p = x - x.logsumexp(1, keepdim=True)
+    expected = -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+    torch.testing.assert_close(
+        run_blocks("docs/own_losses.md")["supcon_loss"](views, labels, 5), expected
+    )
+
+
+def test_debiased_and_decoupled_losses():
+    e_1, e_2 = (torch.randn(9, 6, dtype=torch.float64) for _ in range(2))
+    z = F.normalize(torch.cat([e_1, e_2]), dim=-1)
+    namespace = run_blocks("docs/own_losses.md")
+    sims = (z @ z.T / 0.5).exp()
+    own = torch.eye(9, dtype=torch.bool).repeat(2, 2)
+    positive = sims.diagonal(9).repeat(2)
+    g = (sims.masked_fill(own, 0).sum(1) / 16 - 0.1 * positive) / 0.9
+    g = g.clamp_min(torch.tensor(-2.0, dtype=torch.float64).exp())
+    expected = -(positive / (positive + 16 * g)).log().mean()
+    torch.testing.assert_close(namespace["debiased_loss"](e_1, e_2), expected)
+    x = z[:9] @ z[9:].T / 0.07
+    off = x.masked_fill(torch.eye(9, dtype=torch.bool), -torch.inf)
+    expected = (off.logsumexp(1).mean() + off.logsumexp(0).mean()) / 2 - x.diagonal().mean()
+    torch.testing.assert_close(namespace["decoupled_loss"](e_1, e_2), expected)
