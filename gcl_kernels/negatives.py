@@ -17,13 +17,14 @@ along because they come from the same unrounded unit vectors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gcl_kernels.backends import reference
-from gcl_kernels.blocks import plan_blocks
+from gcl_kernels.blocks import Block, plan_blocks
 from gcl_kernels.dispatch import BACKENDS, resolve_backend
 from gcl_kernels.embeddings import embed, embed_backward
 from gcl_kernels.problem import Problem, Workspace, add_product, product
@@ -61,6 +62,23 @@ def _unflatten(flat: Sequence[Any], width: int) -> tuple[tuple[Any, ...], ...]:
     return tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
 
 
+def _plan(
+    module: ModuleType,
+    problem: Problem,
+    num_samples: int,
+    candidates: list[bool],
+    num_views: int,
+    per_view: bool,
+) -> tuple[Block, ...]:
+    table = _unflatten(candidates, num_views)
+    plan = plan_blocks(num_samples, table, module.block_rows(problem), per_view)
+    if problem.kept is not None and len(plan) > 1:
+        # The backward pass finds kept tiles where the forward pass left them: one plan for both,
+        # and it is cut by views because frozen views need that.
+        plan = plan_blocks(num_samples, table, module.block_rows(problem), True)
+    return plan
+
+
 def _forward(
     views: Sequence[Tensor],
     scale: Tensor,
@@ -82,7 +100,7 @@ def _forward(
     problem = _make_problem(
         z, scale, sample_ids, max_scale, normalize, kept if kept.numel() else None
     )
-    plan = plan_blocks(num_samples, _unflatten(candidates, num_views), module.block_rows(problem))
+    plan = _plan(module, problem, num_samples, candidates, num_views, per_view=False)
     workspace = Workspace(z.device, plan)
     stats = module.start_stats(problem)
     for block in plan:
@@ -94,6 +112,47 @@ def _forward(
             if (min(a, b), max(a, b)) not in pairs:
                 own_logits[a, b].fill_(ABSENT)
     return neg_lse, own_logits, z, norm, inverse, own, kept
+
+
+def _matrix_gradient(
+    module: ModuleType,
+    problem: Problem,
+    plan: Sequence[Block],
+    lse: Tensor,
+    grad: Tensor,
+    needs_grad: list[bool],
+    num_samples: int,
+) -> tuple[Tensor, Tensor]:
+    """``H z`` [M, D], and the share of ``dL/ds`` that half of ``<z, H z>`` leaves out."""
+    *needs_view, needs_scale = needs_grad
+    needs_all = all(needs_view)
+    hz = torch.zeros_like(problem.z_rows, dtype=problem.accum_dtype)
+    grad_scale = problem.scale.new_zeros(())
+    workspace = Workspace(hz.device, plan)
+    for block in plan:
+        needs_rows = needs_all or needs_view[block.row_start // num_samples]
+        needs_cols = needs_all or needs_view[block.col_start // num_samples]
+        if not (needs_rows or needs_cols or needs_scale):
+            continue
+        weights = module.block_weights(problem, block, lse, lse, grad, grad, workspace)
+        z_a, z_b = problem.z_rows[block.rows], problem.z_cols[block.cols]
+        if needs_scale and not (needs_rows and needs_cols):
+            # A frozen side: <z_A, H_AB z_B> is not found again in that side's rows of hz.
+            if needs_cols:
+                rows, left, right = block.cols, weights.t(), z_a
+            else:
+                rows, left, right = block.rows, weights, z_b
+            part = product(left, right, out=torch.empty_like(hz[rows]))
+            one_sided = needs_rows or needs_cols or block.diagonal
+            grad_scale += (part * problem.z_rows[rows]).sum().mul_(0.5 if one_sided else 1.0)
+            if needs_rows or needs_cols:
+                hz[rows] += part
+            continue
+        if needs_rows:
+            add_product(hz[block.rows], weights, z_b)
+        if needs_cols and not block.diagonal:
+            add_product(hz[block.cols], weights.t(), z_a)
+    return hz, grad_scale
 
 
 def _backward(
@@ -115,49 +174,18 @@ def _backward(
     needs_grad: list[bool],
 ) -> list[Tensor]:
     module = BACKENDS[backend].module
-    num_views, num_samples, dim = z.shape
+    num_views, num_samples, _ = z.shape
     needs_scale = needs_grad[num_views]
     needs_all = all(needs_grad[:num_views])
     problem = _make_problem(
         z, scale, sample_ids, max_scale, normalize, kept if kept.numel() else None
     )
-    plan = plan_blocks(
-        num_samples,
-        _unflatten(candidates, num_views),
-        module.block_rows(problem),
-        per_view=not needs_all,
-    )
+    plan = _plan(module, problem, num_samples, candidates, num_views, per_view=not needs_all)
     lse = neg_lse.flatten()
     # exp(x - inf) = 0: a row without a negative has no weights, whatever the masked x is.
     lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
     grad = grad_neg_lse.flatten().contiguous()
-    hz = torch.zeros(num_views, num_samples, dim, dtype=scale.dtype, device=z.device)
-    hz_rows = hz.view(-1, dim)
-    grad_scale = scale.new_zeros(())
-    workspace = Workspace(z.device, plan)
-    for block in plan:
-        needs_rows = needs_all or needs_grad[block.row_start // num_samples]
-        needs_cols = needs_all or needs_grad[block.col_start // num_samples]
-        if not (needs_rows or needs_cols or needs_scale):
-            continue
-        weights = module.block_weights(problem, block, lse, lse, grad, grad, workspace)
-        z_a, z_b = problem.z_rows[block.rows], problem.z_cols[block.cols]
-        if needs_scale and not (needs_rows and needs_cols):
-            # A frozen side: <z_A, H_AB z_B> is not found again in that side's rows of hz.
-            if needs_cols:
-                rows, left, right = block.cols, weights.t(), z_a
-            else:
-                rows, left, right = block.rows, weights, z_b
-            part = product(left, right, out=torch.empty_like(hz_rows[rows]))
-            one_sided = needs_rows or needs_cols or block.diagonal
-            grad_scale += (part * problem.z_rows[rows]).sum().mul_(0.5 if one_sided else 1.0)
-            if needs_rows or needs_cols:
-                hz_rows[rows] += part
-            continue
-        if needs_rows:
-            add_product(hz_rows[block.rows], weights, z_b)
-        if needs_cols and not block.diagonal:
-            add_product(hz_rows[block.cols], weights.t(), z_a)
+    hz, grad_scale = _matrix_gradient(module, problem, plan, lse, grad, needs_grad, num_samples)
     if needs_scale:
         grad_scale += (grad_own_logits * own).sum()
     grads, inner = embed_backward(
@@ -167,7 +195,7 @@ def _backward(
         norm,
         inverse,
         own,
-        hz,
+        hz.view(z.shape),
         grad_own_logits * scale,
         scale,
         needs_grad[:num_views],
