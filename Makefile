@@ -2,11 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test lint demo bench gpu-report clean
+.PHONY: test lint demo bench kernels-report gpu-report clean
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -20,6 +20,9 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks/bench_loss.py --benchmark-only \
 		--benchmark-columns=median --benchmark-sort=name --benchmark-json=$(VENV)/bench.json
 	$(BIN)/python -m benchmarks.table $(VENV)/bench.json $(ARGS)
+
+kernels-report: $(VENV)/.test
+	$(BIN)/python -m benchmarks.kernels_report $(ARGS)
 
 # On a machine with a GPU, in whatever environment is active there.
 gpu-report:

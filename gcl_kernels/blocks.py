@@ -27,8 +27,8 @@ class Block:
         row_start, row_stop, col_start, col_stop: its place in the M x M matrix.
         serves_rows: its columns are candidates of its rows' anchors.
         serves_cols: its rows are candidates of its columns' anchors.
-        diagonal: rows and columns are the same range; it then serves rows only, since the columns'
-            share is the transpose.
+        diagonal: rows and columns are the same range: the share of the columns is that of the rows,
+            transposed.
         same_sample_offsets: diagonals ``j - i`` of the block whose two embeddings are of one
             sample under the default ids.
     """

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-from gcl_kernels.backends import reference, tiled
+import torch
+
+from gcl_kernels.backends import reference, tiled, triton
 from gcl_kernels.spec import check_choice
 
 ENVIRONMENT_VARIABLE = "GCL_KERNELS_BACKEND"
@@ -21,19 +23,21 @@ class Backend:
     Attributes:
         module: its block functions (``reference`` has none: it is dense).
         why_unavailable: None where it can run on this machine, else the reason.
+        why_not: None where it serves tensors of this device and compute dtype, else the reason.
     """
 
     module: ModuleType
     why_unavailable: Callable[[], str | None]
+    why_not: Callable[[torch.device, torch.dtype], str | None]
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(reference, reference.why_unavailable),
-    "tiled": Backend(tiled, tiled.why_unavailable),
+    module.__name__.rpartition(".")[2]: Backend(module, module.why_unavailable, module.why_not)
+    for module in (reference, tiled, triton)
 }
 
-_PREFERENCE = ("tiled",)
-"""What ``auto`` tries, in this order."""
+_PREFERENCE = {"cuda": ("triton", "tiled")}
+"""What ``auto`` tries on a device, in this order; ``tiled`` alone on all others."""
 
 
 def backends() -> dict[str, str]:
@@ -41,21 +45,29 @@ def backends() -> dict[str, str]:
     return {name: row.why_unavailable() or "available" for name, row in BACKENDS.items()}
 
 
-def resolve_backend(name: str) -> str:
-    """The backend that serves a call with ``backend=name``.
+def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype) -> str:
+    """The backend that serves a call with ``backend=name`` on this device in this dtype.
 
     Raises:
         ValueError: an unknown name.
-        RuntimeError: a backend asked for by name is not available here; there is no fallback.
+        RuntimeError: a backend asked for by name cannot serve the call; there is no fallback.
     """
     origin = "backend"
     if name == "auto":
         name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
         origin = ENVIRONMENT_VARIABLE
     check_choice(origin, name, ("auto", *BACKENDS))
-    if name == "auto":
-        return next(n for n in _PREFERENCE if BACKENDS[n].why_unavailable() is None)
-    reason = BACKENDS[name].why_unavailable()
-    if reason is not None:
-        raise RuntimeError(f"{origin}: {name!r} is not available: {reason}")
-    return name
+    if name != "auto":
+        reason = _why_not(name, device, compute_dtype)
+        if reason is not None:
+            raise RuntimeError(f"{origin}: {name!r} is not available: {reason}")
+        return name
+    for name in _PREFERENCE.get(device.type, ()):
+        if _why_not(name, device, compute_dtype) is None:
+            return name
+    return "tiled"
+
+
+def _why_not(name: str, device: torch.device, compute_dtype: torch.dtype) -> str | None:
+    row = BACKENDS[name]
+    return row.why_unavailable() or row.why_not(device, compute_dtype)

@@ -54,6 +54,10 @@ def _make_problem(
     kept: Tensor | None,
 ) -> Problem:
     rows = z.flatten(0, 1)
+    if max_scale is None and scale.device.type == "cpu":
+        # The operator's body runs on the CPU here: it reads an operand where it lies, and there is
+        # no device to wait for. Elsewhere the value stays unknown to the host.
+        max_scale = float(scale)
     ids = None if sample_ids is None else sample_ids.repeat(z.shape[0])
     return Problem(rows, rows, ids, ids, scale, max_scale, normalize, kept)
 
@@ -126,6 +130,13 @@ def _matrix_gradient(
     """``H z`` [M, D], and the share of ``dL/ds`` that half of ``<z, H z>`` leaves out."""
     *needs_view, needs_scale = needs_grad
     needs_all = all(needs_view)
+    unit = None
+    if problem.compute_dtype == torch.float16:
+        # Weights are about 1 / M^2; below 6e-8 float16 has no numbers. At most 2 * 2^10 is far
+        # below its largest.
+        unit = grad.abs().amax().mul_(2**-10)
+        unit = torch.where(unit > 0, unit, 1.0)
+        grad = grad / unit
     hz = torch.zeros_like(problem.z_rows, dtype=problem.accum_dtype)
     grad_scale = problem.scale.new_zeros(())
     workspace = Workspace(hz.device, plan)
@@ -152,6 +163,9 @@ def _matrix_gradient(
             add_product(hz[block.rows], weights, z_b)
         if needs_cols and not block.diagonal:
             add_product(hz[block.cols], weights.t(), z_a)
+    if unit is not None:
+        hz.mul_(unit)
+        grad_scale.mul_(unit)
     return hz, grad_scale
 
 
@@ -413,7 +427,7 @@ def prepare(
     check_sample_ids(sample_ids, views[0])
     compute_dtype, accum_dtype = resolve_dtypes(compute_dtype, views)
     scale, max_scale = resolve_scale(logit_scale, temperature, views[0].device, accum_dtype)
-    spec = NegativesSpec(
-        candidates, normalize, compute_dtype, accum_dtype, max_scale, resolve_backend(backend)
+    backend = resolve_backend(backend, views[0].device, compute_dtype)
+    return scale, NegativesSpec(
+        candidates, normalize, compute_dtype, accum_dtype, max_scale, backend
     )
-    return scale, spec

@@ -26,7 +26,7 @@ class Problem:
         ids_rows, ids_cols: sample ids [M], or None for the default ids, whose equal pairs the
             blocks list.
         scale: logit scale, 0-d, in the accumulation dtype.
-        max_scale: its value if it was given as a number, else None.
+        max_scale: its value where the host knows it: given as a number, or in a CPU's own memory.
         unit_rows: every row has length 1 or 0.
         kept: None, or [M_rows, M_cols] in the accumulation dtype where a small problem's tiles stay
             between the passes, which saves the second product. What they hold is the backend's.

@@ -1,4 +1,4 @@
-"""Every backend and device that this machine has, and tilings that leave ragged edges."""
+"""Every backend on every device that this machine has, and tilings that leave ragged edges."""
 
 from __future__ import annotations
 
@@ -10,21 +10,33 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-import gcl_kernels
 from gcl_kernels.backends import tiled
+from gcl_kernels.dispatch import BACKENDS
 
-BACKENDS = [name for name, state in gcl_kernels.backends().items() if state == "available"]
+AVAILABLE = [name for name, row in BACKENDS.items() if row.why_unavailable() is None]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture(params=AVAILABLE)
+def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
+    reason = BACKENDS[request.param].why_not(device, torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def float64_backend(backend: str, device: torch.device) -> str:
+    """A backend that computes in float64."""
+    reason = BACKENDS[backend].why_not(device, torch.float64)
+    if reason is not None:
+        pytest.skip(reason)
+    return backend
 
 
 @pytest.fixture

@@ -19,6 +19,11 @@ def why_unavailable() -> str | None:
     return None
 
 
+def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
+    """None: it serves every device and dtype."""
+    return None
+
+
 def dense_mask(candidates: BoolTable, sample_ids: Tensor) -> Tensor:
     """True where column ``q`` is a negative of anchor ``p``: the mask rule, dense, [M, M]."""
     num_views, num_samples = len(candidates), sample_ids.shape[0]

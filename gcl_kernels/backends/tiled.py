@@ -9,9 +9,9 @@ With ``x = s * z_A z_B^T`` for one block, equal samples masked to -inf:
 Natural logarithms; ``x``, statistics and ``H`` in the accumulation dtype (float32, float64 for
 float64). ``H`` is rounded to the compute dtype last.
 
-Where ``2 s |z||z'|`` is proved small enough (unit vectors and a scale given as a number), ``s``
-itself replaces every maximum: one exponential then serves rows and columns in both passes, and
-neither underflow nor overflow can occur.
+Where ``2 s |z||z'|`` is proved small enough (unit vectors, and a scale whose value the host knows),
+``s`` itself replaces every maximum: one exponential then serves rows and columns in both passes,
+and neither underflow nor overflow can occur.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def why_unavailable() -> str | None:
     return None
 
 
+def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
+    """None: it serves every device and dtype."""
+    return None
+
+
 def block_rows(problem: Problem) -> int:
     """The largest number of rows of a block for this problem."""
     return BLOCK_ROWS.get(problem.z_rows.device.type, BLOCK_ROWS["default"])
@@ -50,9 +55,9 @@ def keeps_tiles(num_rows: int, num_cols: int) -> bool:
 
 
 def bounded(problem: Problem) -> bool:
-    """Whether ``|x| <= s`` is known without reading a tensor, and ``exp(+-2 s)`` is harmless."""
+    """Whether ``|x| <= s`` is known on the host, and ``exp(+-2 s)`` is harmless."""
     scale = problem.max_scale
-    return problem.unit_rows and scale is not None and scale <= MAX_BOUNDED_SCALE
+    return problem.unit_rows and scale is not None and 0 <= scale <= MAX_BOUNDED_SCALE
 
 
 def _tile(problem: Problem, block: Block, workspace: Workspace) -> Tensor:

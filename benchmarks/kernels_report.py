@@ -1,0 +1,245 @@
+"""Registers, memory and instructions of every Triton kernel on every chip, without a GPU.
+
+    python -m benchmarks.kernels_report [--chips sm_90 gfx942] [--jobs 2]
+
+Triton compiles for a named chip; for NVIDIA, ``cuobjdump`` and ``nvdisasm``, which it ships, read
+the result, for AMD the assembly text says the same. ``python_tests/test_triton_compile.py`` asserts
+on the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gcl_kernels.backends.triton.tiles import CHIPS, TILES
+
+TRITON_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation: a kernel, a chip, a row of the tile table and the flags that shape code."""
+
+    kernel: str
+    chip: str
+    row: str
+    dtype: torch.dtype
+    diagonal: bool = True
+    ids: bool = False
+    dim: int = 1024
+
+    @property
+    def products(self) -> str:
+        if self.kernel == "fold":
+            return "none"
+        if self.dtype != torch.float32:
+            return TRITON_DTYPES[self.dtype]
+        if self.row == "fma" or CHIPS[self.chip].fast_float32:
+            return "fp32 ieee"
+        return "tf32"
+
+    def __str__(self) -> str:
+        flags = [flag for flag in ("diagonal", "ids") if getattr(self, flag)]
+        products = self.products.replace(" ", "-")
+        return "-".join([self.kernel, self.chip, self.row, products, str(self.dim), *flags])
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program takes. ``spill_bytes`` is local (private, scratch) memory of a thread."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    matrix: int
+    fma: int
+    exponentials: int
+    barriers: int
+    instructions: int
+
+
+def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
+    """Every kernel with every row of the table and every kind of product it serves."""
+    for chip in chips:
+        for name, row in TILES:
+            if name != chip:
+                continue
+            for dtype in (torch.float32,) if row == "fma" else (torch.bfloat16, torch.float32):
+                for kernel in ("stats", "weights"):
+                    yield Variant(kernel, chip, row, dtype)
+                    if row == "large" and dtype == torch.bfloat16:
+                        yield Variant(kernel, chip, row, dtype, diagonal=False)
+        yield Variant("fold", chip, "large", torch.float32)
+
+
+def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
+    """Types, constants and alignments of a kernel's arguments, as a launch would give them."""
+    from gcl_kernels.backends.triton import stats
+
+    tile = TILES[variant.chip, variant.row]
+    tile_k = tile.slice_elements(variant.dtype)
+    constants = {
+        "UNIT_ROWS": True,
+        "DIAGONAL": variant.diagonal,
+        "SERVES_ROWS": True,
+        "SERVES_COLS": True,
+        "TILE": tile.size,
+        "TILE_K": tile_k,
+        "EVEN_K": variant.dim % tile_k == 0,
+        "PRECISION": "tf32" if variant.products == "tf32" else "ieee",
+        "LINES": stats.FOLD_LINES,
+        "SLOTS": stats.FOLD_SLOTS,
+    }
+    if not variant.ids:
+        constants.update(ids_rows=None, ids_cols=None)
+    compute = "*" + TRITON_DTYPES[variant.dtype]
+    types = {"z_rows": compute, "z_cols": compute, "out": compute}
+    types.update(dict.fromkeys(("ids_rows", "ids_cols"), "*i64"))
+    types.update(dict.fromkeys(("dim", "num_rows", "num_cols"), "i32"))
+    types.update(dict.fromkeys(("row_start", "col_start", "id_offset", "id_period"), "i32"))
+    types.update(dict.fromkeys(("row_slots", "col_slots", "row_programs"), "i32"))
+    signature, values, alignments = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[index,] = "constexpr", constants[name]
+            continue
+        signature[name] = types.get(name, "*fp32")
+        fixed = name in [kernel.arg_names[p.num] for p in kernel.params if p.do_not_specialize]
+        aligned = signature[name].startswith("*") or (name != "dim" or variant.dim % 16 == 0)
+        if aligned and not fixed:
+            alignments[index,] = [["tt.divisibility", 16]]
+    return signature, values, alignments
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text, re.MULTILINE))
+
+
+def _nvidia(compiled: Any) -> Resources:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+
+        def run(*command: str) -> str:
+            tool, *arguments = command
+            return subprocess.run(
+                [tools / tool, *arguments, cubin], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage = run("cuobjdump", "-res-usage")
+        sass = run("nvdisasm", "-c")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    local = int(found[2]) + int(found[3]) + 4 * _count(r"\b(?:STL|LDL)\b", sass)
+    return Resources(
+        registers=int(found[1]),
+        spill_bytes=local,
+        shared_bytes=compiled.metadata.shared,
+        matrix=_count(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", sass),
+        fma=_count(r"\bFFMA2?\b", sass),
+        exponentials=_count(r"\bMUFU\.EX2\b", sass),
+        barriers=_count(r"\bBAR\.", sass),
+        instructions=_count(r"^\s*/\*[0-9a-f]{4,}\*/", sass),
+    )
+
+
+def _amd(compiled: Any) -> Resources:
+    assembly = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found is not None, name
+        return int(found[1])
+
+    return Resources(
+        registers=field("vgpr_count"),
+        spill_bytes=field("private_segment_fixed_size") + 4 * field("vgpr_spill_count"),
+        shared_bytes=compiled.metadata.shared,
+        matrix=_count(r"^\s+v_mfma", assembly),
+        fma=_count(r"^\s+v_(?:pk_)?fmac?_", assembly),
+        exponentials=_count(r"^\s+v_exp_f32", assembly),
+        barriers=_count(r"^\s+s_barrier", assembly),
+        instructions=_count(r"^\s+(?:[vs]|ds|buffer|global)_\w+", assembly),
+    )
+
+
+def inspect(variant: Variant) -> Resources:
+    """Compile one variant and read off what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from gcl_kernels.backends.triton import stats, weights
+
+    kernel = {
+        "stats": stats.stats_kernel,
+        "weights": weights.weights_kernel,
+        "fold": stats.fold_kernel,
+    }[variant.kernel]
+    amd = variant.chip.startswith("gfx")
+    target = (
+        GPUTarget("hip", variant.chip, 64)
+        if amd
+        else GPUTarget("cuda", int(variant.chip.removeprefix("sm_")), 32)
+    )
+    options = {}
+    if variant.kernel != "fold":
+        tile = TILES[variant.chip, variant.row]
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    source = ASTSource(kernel, *_signature(variant, kernel))
+    compiled = triton.compile(source, target=target, options=options)
+    return _amd(compiled) if amd else _nvidia(compiled)
+
+
+def inspect_all(chosen: list[Variant], jobs: int) -> list[Resources]:
+    """Results in the order of ``chosen``, from fresh processes: Triton reads its switches once."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return list(pool.map(inspect, chosen))
+
+
+def table(chosen: list[Variant], results: list[Resources]) -> Iterator[str]:
+    """The report, as lines of Markdown."""
+    columns = (
+        "chip", "kernel", "tile", "products", "block", "registers", "spilled bytes",
+        "shared KiB", "matrix", "fma", "ex2", "barriers", "instructions",
+    )  # fmt: skip
+    yield "| " + " | ".join(columns) + " |"
+    yield "|---" * len(columns) + "|"
+    for variant, r in zip(chosen, results, strict=True):
+        size = TILES[variant.chip, variant.row].size
+        block = "diagonal" if variant.diagonal else "off diagonal"
+        tile, block = ("-", "any") if variant.kernel == "fold" else (f"{size} x {size}", block)
+        row = (
+            variant.chip, variant.kernel, tile, variant.products, block, r.registers,
+            r.spill_bytes, f"{r.shared_bytes / 1024:.1f}", r.matrix, r.fma, r.exponentials,
+            r.barriers, r.instructions,
+        )  # fmt: skip
+        yield "| " + " | ".join(map(str, row)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    chosen = list(variants(options.chips))
+    print("\n".join(table(chosen, inspect_all(chosen, options.jobs))))
+
+
+if __name__ == "__main__":
+    main()

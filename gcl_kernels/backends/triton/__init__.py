@@ -1,0 +1,110 @@
+"""The block functions as Triton kernels, for NVIDIA sm_80 and later and AMD gfx942 and gfx950.
+
+This module names them, says where they cannot run, and imports Triton at their first call only.
+``stats`` and ``weights`` hold one kernel family each with its launcher, ``primitives`` what they
+share, ``tiles`` the table of tile sizes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from gcl_kernels.backends.triton.tiles import device_chip
+from gcl_kernels.blocks import Block
+from gcl_kernels.problem import Problem, RowStats, Workspace
+
+BLOCK_ROWS = 8192
+"""Largest rows of a block: its weights take 128 MiB (256 MiB in float32), the whole workspace, and
+launches are few. Smaller blocks gain nothing, since logits stay on the chip at any size."""
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # an import hook that forbids it
+        return False
+
+
+# Looked up once: torch.compile traces what asks for it.
+_TRITON_INSTALLED = _is_installed("triton")
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels in Python, on the CPU (its own switch, for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_unavailable() -> str | None:
+    """None where it can run on this machine, else the reason."""
+    if not _TRITON_INSTALLED:
+        return "Triton is not installed: pip install triton"
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device"
+    if device_chip(torch.cuda.current_device()) is None:
+        return "needs an NVIDIA GPU of compute capability 8.0 or later, or an AMD gfx942 or gfx950"
+    return None
+
+
+def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
+    """None where it serves tensors on this device with this compute dtype, else the reason."""
+    if compute_dtype == torch.float64:
+        return "no float64: use backend='tiled'"
+    if device.type != "cuda" and not _interpreted():
+        return f"needs tensors on a CUDA or ROCm device, got {device}"
+    return None
+
+
+def block_rows(problem: Problem) -> int:
+    """The largest number of rows of a block for this problem."""
+    reason = why_not(problem.z_rows.device, problem.compute_dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend: 'triton' cannot serve this call: {reason}")
+    return BLOCK_ROWS
+
+
+def keeps_tiles(num_rows: int, num_cols: int) -> bool:
+    """False: recomputing a small tile costs less than its way through memory and one launch."""
+    return False
+
+
+def start_stats(problem: Problem) -> RowStats:
+    """The statistics of empty sets of logits, one for each row."""
+    sums = problem.scale.new_zeros(problem.z_rows.shape[0])
+    # Finite, so that a row without any logit subtracts no infinities.
+    return RowStats(max=torch.full_like(sums, torch.finfo(sums.dtype).min), sum=sums)
+
+
+def block_stats(
+    problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
+) -> None:
+    """Fold one block into the running statistics of its rows and columns (``cols`` is ``rows``'
+    own object where the problem is square)."""
+    from gcl_kernels.backends.triton import stats
+
+    stats.block_stats(problem, block, rows, cols)
+
+
+def block_weights(
+    problem: Problem,
+    block: Block,
+    lse_rows: Tensor,
+    lse_cols: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """``H`` of one block, in the compute dtype, valid until the next call with this workspace.
+
+    ``lse_*`` hold +inf for rows without a negative: every weight in them is then zero.
+    """
+    from gcl_kernels.backends.triton import weights
+
+    return weights.block_weights(
+        problem, block, lse_rows, lse_cols, grad_rows, grad_cols, workspace
+    )

@@ -1,0 +1,158 @@
+"""Which tile a launch uses: one table, plain Python, no Triton and no GPU needed to read it.
+
+A tile of logits is square, ``size`` x ``size``, so that a diagonal block's triangle of tiles is
+whole and one program serves the rows of one range and of its mirror. Operands arrive in slices of
+``slice_bytes`` along D (128 bytes: 64 half or 32 float32 elements, one cache line a row).
+
+Shared memory of the product, in bytes: ``buffers * 2 * size * slice_bytes``. Triton keeps
+``stages`` buffers where copies and products are both asynchronous (sm_90, sm_100; gfx950 at these
+settings), else ``stages - 1``: one slice is always in registers. The epilogue reuses that memory.
+
+Warps: a thread holds ``size^2 / (lanes * warps)`` float32 logits, 64 with 128 x 128 and 8 warps of
+32. With 4 warps they would be 128 of its 255 registers, and the epilogue would spill.
+
+None of the rows was chosen by a measurement on a GPU: they are the largest that compile without a
+spill, inside the memory of their chips. Register and memory counts: docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A family of devices that share tiles.
+
+    Attributes:
+        shared_bytes: shared memory (LDS) that one program may use.
+        multiprocessors: of its largest common member; fewer programs than this leave some idle.
+        lanes: threads of a warp (wavefront).
+        spare_buffer: whether Triton keeps ``stages`` buffers and not one fewer.
+        fast_float32: whether IEEE float32 products run on matrix cores.
+    """
+
+    name: str
+    shared_bytes: int
+    multiprocessors: int
+    lanes: int
+    spare_buffer: bool
+    fast_float32: bool
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("sm_80", 163 * KIB, 108, 32, spare_buffer=False, fast_float32=False),
+        Chip("sm_89", 99 * KIB, 128, 32, spare_buffer=False, fast_float32=False),
+        Chip("sm_90", 227 * KIB, 132, 32, spare_buffer=True, fast_float32=False),
+        Chip("sm_100", 227 * KIB, 148, 32, spare_buffer=True, fast_float32=False),
+        Chip("sm_120", 99 * KIB, 170, 32, spare_buffer=False, fast_float32=False),
+        Chip("gfx942", 64 * KIB, 304, 64, spare_buffer=False, fast_float32=True),
+        Chip("gfx950", 160 * KIB, 256, 64, spare_buffer=True, fast_float32=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A row of the table.
+
+    Attributes:
+        size, slice_bytes, warps, stages: see above.
+        reason: why they are what they are.
+    """
+
+    size: int
+    slice_bytes: int
+    warps: int
+    stages: int
+    reason: str
+
+    def shared_bytes(self, chip: Chip) -> int:
+        """Bytes of shared memory that the product takes on this chip."""
+        buffers = self.stages if chip.spare_buffer else self.stages - 1
+        return buffers * 2 * self.size * self.slice_bytes
+
+    def slice_elements(self, dtype: torch.dtype) -> int:
+        return self.slice_bytes // dtype.itemsize
+
+
+_SMALL = Tile(
+    64, 128, 4, 3, "a quarter of the area: four times as many programs where the large are few; "
+    "2 or 3 buffers of 16 KiB let three or four of them share a multiprocessor",
+)  # fmt: skip
+_FMA = Tile(
+    64, 64, 8, 3, "IEEE float32 is multiplied by ordinary FMA instructions, unrolled over the "
+    "slice: 16 elements of D and 16 sums a thread; with 4 warps (32 sums) the compiler spills",
+)  # fmt: skip
+
+TILES: dict[tuple[str, str], Tile] = {
+    ("sm_80", "large"): Tile(128, 128, 8, 4, "3 buffers of 32 KiB are 96 of 163 KiB"),
+    ("sm_80", "small"): _SMALL,
+    ("sm_80", "fma"): _FMA,
+    ("sm_89", "large"): Tile(128, 128, 8, 3, "2 buffers of 32 KiB are 64 of 99 KiB; 3 leave 3 KiB"),
+    ("sm_89", "small"): _SMALL,
+    ("sm_89", "fma"): _FMA,
+    ("sm_90", "large"): Tile(
+        128, 128, 8, 3, "3 buffers of 32 KiB: room for two programs, so that one can multiply "
+        "while the other exponentiates; with Triton 3.8 registers fit too, 3.6 takes up to 225",
+    ),
+    ("sm_90", "small"): _SMALL,
+    ("sm_90", "fma"): _FMA,
+    ("sm_100", "large"): Tile(128, 128, 8, 3, "as sm_90; sums live in tensor memory, 128 columns"),
+    ("sm_100", "small"): Tile(64, 128, 8, 3, "as elsewhere; with 4 warps weights spill 72 bytes"),
+    ("sm_100", "fma"): _FMA,
+    ("sm_120", "large"): Tile(128, 128, 8, 3, "as sm_89: 64 of 99 KiB"),
+    ("sm_120", "small"): _SMALL,
+    ("sm_120", "fma"): _FMA,
+    ("gfx942", "large"): Tile(128, 128, 8, 2, "1 buffer of 32 KiB; weights take all 64 KiB of LDS"),
+    ("gfx942", "small"): Tile(64, 128, 4, 2, "1 buffer of 16 KiB: four programs share the LDS"),
+    ("gfx950", "large"): Tile(128, 128, 8, 2, "2 buffers of 32 KiB: two programs share 160 KiB"),
+    ("gfx950", "small"): Tile(64, 128, 4, 2, "as large, a quarter of the area"),
+}  # fmt: skip
+
+
+def chip_of(capability: tuple[int, int] | None, gcn_arch: str | None) -> Chip | None:
+    """The chip of a CUDA compute capability or an AMD architecture name; None: not supported."""
+    if gcn_arch is not None:
+        return CHIPS.get(gcn_arch.split(":")[0])
+    if capability is None or capability < (8, 0):
+        return None
+    if capability in ((8, 0), (8, 7)):
+        return CHIPS["sm_80"]
+    name = {9: "sm_90", 10: "sm_100", 11: "sm_100", 12: "sm_120"}.get(capability[0], "sm_89")
+    return CHIPS[name]
+
+
+@lru_cache(maxsize=64)
+def device_chip(index: int) -> Chip | None:
+    """The chip of the CUDA or ROCm device of this number."""
+    if torch.version.hip is not None:
+        return chip_of(None, torch.cuda.get_device_properties(index).gcnArchName)
+    return chip_of(torch.cuda.get_device_capability(index), None)
+
+
+def num_tiles(rows: int, cols: int, diagonal: bool, size: int) -> int:
+    """Programs of a block: all its tiles, or those on and above its diagonal."""
+    row_tiles, col_tiles = -(-rows // size), -(-cols // size)
+    return row_tiles * (row_tiles + 1) // 2 if diagonal else row_tiles * col_tiles
+
+
+def pick_tile(
+    chip: Chip, ieee_float32: bool, dim: int, rows: int, cols: int, diagonal: bool
+) -> Tile:
+    """The tile for one block. Depends on shapes and the chip's row only, never on a measurement."""
+    if ieee_float32 and not chip.fast_float32:
+        return TILES[chip.name, "fma"]
+    large = TILES[chip.name, "large"]
+    # Rows that are not aligned arrive element by element through registers, and large tiles spill.
+    aligned = dim % 16 == 0
+    if not aligned or num_tiles(rows, cols, diagonal, large.size) < chip.multiprocessors:
+        return TILES[chip.name, "small"]
+    return large

@@ -1,0 +1,138 @@
+"""``block_weights``: the weights ``H`` of a block, from logits that never reach memory.
+
+One program computes one tile ``x`` (see primitives) and writes
+
+    H_pq = g_p exp(x_pq - lse_p) + g_q exp(x_pq - lse_q)
+
+in the compute dtype, each term where the block serves that side. ``lse = +inf`` (a row without a
+negative) gives weight zero. Where ``|x| <= s <= 40`` is proved:
+
+    H_pq = exp(x_pq - s) * (g_p exp(s - lse_p) + g_q exp(s - lse_q))
+
+one exponential an entry. The exponents of the factors are at most 2 s, since lse >= -s.
+
+A diagonal block computes the tiles on and above its diagonal and writes the others as transposes.
+
+Inputs: lse, g float32 [M]. Output: [rows, columns of the block], rounded once, from float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gcl_kernels.backends.triton.primitives import (
+    is_bounded,
+    launch,
+    tile_logits,
+    tile_of,
+)
+from gcl_kernels.blocks import Block
+from gcl_kernels.problem import Problem, Workspace
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def sides(of_rows, of_cols, SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr):
+    """The sum of the sides that the block serves. (Adding a zero instead is not free.)"""
+    if SERVES_ROWS and SERVES_COLS:
+        served = of_rows + of_cols
+    elif SERVES_ROWS:
+        served = of_rows
+    else:
+        served = of_cols
+    return served
+
+
+@triton.jit
+def weights_of(
+    x, s, bounded, lse_p, lse_q, g_p, g_q,
+    SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
+):  # fmt: skip
+    """``H`` in float32 of logits ``x`` [P, Q], lse and g of its rows [P] and columns [Q]."""
+    if bounded:
+        factor_p = (g_p * tl.exp(s - lse_p))[:, None]
+        factor_q = (g_q * tl.exp(s - lse_q))[None, :]
+        h = tl.exp(x - s) * sides(factor_p, factor_q, SERVES_ROWS, SERVES_COLS)
+    else:
+        of_rows = g_p[:, None] * tl.exp(x - lse_p[:, None])
+        of_cols = g_q[None, :] * tl.exp(x - lse_q[None, :])
+        h = sides(of_rows, of_cols, SERVES_ROWS, SERVES_COLS)
+    return h
+
+
+@triton.jit
+def load_lines(values, start, lines, length):
+    return tl.load(values + start + lines, mask=lines < length, other=0.0)
+
+
+@triton.jit
+def store_tile(out, tile, rows, cols, num_rows, num_cols):
+    place = out + rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
+    tl.store(place, tile, mask=(rows < num_rows)[:, None] & (cols < num_cols)[None, :])
+
+
+@triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "id_offset", "id_period"])
+def weights_kernel(
+    z_rows, z_cols, ids_rows, ids_cols, scale, lse_rows, lse_cols, grad_rows, grad_cols, out,
+    row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
+    UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
+    SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
+    TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    num_row_tiles = tl.cdiv(num_rows, TILE)
+    num_col_tiles = tl.cdiv(num_cols, TILE)
+    tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
+    s = tl.load(scale)
+    x = tile_logits(
+        z_rows, z_cols, ids_rows, ids_cols, s, tile_row * TILE, tile_col * TILE,
+        row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
+        TILE, TILE_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    rows = tile_row * TILE + tl.arange(0, TILE)
+    lse_p = load_lines(lse_rows, row_start, rows, num_rows)
+    g_p = load_lines(grad_rows, row_start, rows, num_rows)
+    # A thread holds many columns. lse and g of all of them at once would cost more registers than
+    # the logits; a quarter at a time spills nowhere.
+    QUARTER: tl.constexpr = TILE // 4
+    left, right = halves(x)
+    quarters = halves(left) + halves(right)
+    for quarter in tl.static_range(4):
+        cols = tile_col * TILE + quarter * QUARTER + tl.arange(0, QUARTER)
+        lse_q = load_lines(lse_cols, col_start, cols, num_cols)
+        g_q = load_lines(grad_cols, col_start, cols, num_cols)
+        h = weights_of(
+            quarters[quarter], s, is_bounded(s, UNIT_ROWS), lse_p, lse_q, g_p, g_q,
+            SERVES_ROWS, SERVES_COLS,
+        ).to(out.dtype.element_ty)  # fmt: skip
+        store_tile(out, h, rows, cols, num_rows, num_cols)
+        if DIAGONAL:
+            if tile_row != tile_col:
+                store_tile(out, tl.trans(h), cols, rows, num_rows, num_cols)
+
+
+def block_weights(
+    problem: Problem,
+    block: Block,
+    lse_rows: Tensor,
+    lse_cols: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """One launch; the result is valid until the next call with this workspace."""
+    out = workspace.tile(0, block.shape, problem.compute_dtype)
+    programs, _, arguments = launch(problem, block)
+    with torch.cuda.device_of(out):
+        weights_kernel[(programs,)](
+            lse_rows=lse_rows, lse_cols=lse_cols, grad_rows=grad_rows, grad_cols=grad_cols,
+            out=out, **arguments,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,96 @@
+"""Every Triton kernel compiled for every chip of the tile table, which needs no GPU.
+
+The compiler's resource report and the disassembly say whether a row of the table is sound: nothing
+spilled, shared memory within the chip's, products on the matrix units.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from benchmarks.kernels_report import Resources, Variant, inspect_all, table, variants
+from gcl_kernels.backends.triton.tiles import CHIPS, KIB, TILES
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+pytestmark = pytest.mark.skipif(
+    not HAS_TRITON or "TRITON_INTERPRET" in os.environ,
+    reason="needs Triton's compiler",
+)
+
+
+def triton_version() -> tuple[int, ...]:
+    if not HAS_TRITON:
+        return (0,)
+    import triton
+
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def chosen() -> list[Variant]:
+    # Small tiles take the same bytes of either type, and blocks on the diagonal more than others.
+    kept = [
+        variant
+        for variant in variants()
+        if (variant.diagonal or variant.chip == "sm_90")
+        and not (variant.row == "small" and variant.dtype == torch.float32)
+    ]
+    half = torch.bfloat16
+    for kernel in ("stats", "weights"):
+        for chip in ("sm_80", "sm_90", "gfx942"):
+            # A dimension that ends within a slice, and one whose rows are not aligned.
+            kept.append(Variant(kernel, chip, "large", half, ids=True, dim=80))
+            kept.append(Variant(kernel, chip, "small", half, ids=True, dim=67))
+        kept.append(Variant(kernel, "sm_90", "large", torch.float16, diagonal=False))
+    return kept
+
+
+CHOSEN = chosen()
+
+
+@pytest.fixture(scope="module")
+def resources() -> dict[Variant, Resources]:
+    return dict(zip(CHOSEN, inspect_all(CHOSEN, jobs=2), strict=True))
+
+
+def test_every_row_is_compiled():
+    compiled = {(v.chip, v.row, v.kernel) for v in CHOSEN}
+    assert compiled >= {(*key, kernel) for key in TILES for kernel in ("stats", "weights")}
+    assert {v.chip for v in CHOSEN if v.kernel == "fold"} == set(CHIPS)
+
+
+@pytest.mark.parametrize("variant", CHOSEN, ids=str)
+def test_resources(variant, resources):
+    used, chip, tile = resources[variant], CHIPS[variant.chip], TILES[variant.chip, variant.row]
+    assert used.spill_bytes == 0
+    assert used.registers <= 255
+    assert used.shared_bytes <= chip.shared_bytes
+    assert used.exponentials > 0
+    if variant.kernel == "fold":
+        return
+    on_matrix_units = variant.row != "fma"
+    assert (used.matrix > 0) == on_matrix_units
+    assert used.fma > 0 or on_matrix_units
+    if variant.kernel == "stats" and variant.dim % 16 == 0:
+        # The table's arithmetic, to which some chips add barriers or padding.
+        assert used.shared_bytes <= tile.shared_bytes(chip) + 2 * KIB
+
+
+@pytest.mark.skipif(triton_version() < (3, 8), reason="Triton 3.6 takes up to 225 registers here")
+def test_two_large_programs_share_the_registers_of_sm_90_off_the_diagonal(resources):
+    checked = [
+        32 * TILES["sm_90", "large"].warps * used.registers
+        for variant, used in resources.items()
+        if (variant.chip, variant.row, variant.diagonal) == ("sm_90", "large", False)
+    ]
+    assert len(checked) == 4, "stats and weights in bfloat16 and float16"
+    assert all(2 * registers <= 65536 for registers in checked)
+
+
+def test_the_report_has_a_row_for_each(resources):
+    lines = list(table(CHOSEN, [resources[variant] for variant in CHOSEN]))
+    assert len(lines) == len(CHOSEN) + 2
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
