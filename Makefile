@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	# The same contract for the Triton kernels, in Triton's interpreter (5: no Triton here).
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 \
+		python_tests/test_contract.py -k triton || [ $$? -eq 5 ]
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
