@@ -36,8 +36,8 @@ BACKENDS: dict[str, Backend] = {
     for module in (reference, tiled, triton)
 }
 
-_PREFERENCE = {"cuda": ("triton", "tiled")}
-"""What ``auto`` tries on a device, in this order; ``tiled`` alone on all others."""
+_PREFERENCE = {"cuda": ("triton",)}
+"""What ``auto`` tries on a type of device, in this order, before ``tiled``, which serves all."""
 
 
 def backends() -> dict[str, str]:
