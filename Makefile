@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUILT_FROM := pyproject.toml setup.py build_extensions.py $(wildcard csrc/cpu/*)
 
 .PHONY: test lint demo bench kernels-report gpu-report clean
 
@@ -35,9 +36,10 @@ gpu-report:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install -q -e ".[$*]"
+# Without the CUDA extension, which a test builds for itself; GCL_KERNELS_CUDA=1 installs it too.
+$(VENV)/.%: $(BUILT_FROM) | $(VENV)/bin/python
+	GCL_KERNELS_CUDA=$${GCL_KERNELS_CUDA:-0} $(BIN)/python -m pip install -q -e ".[$*]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build gcl_kernels/*.so *.egg-info .pytest_cache .ruff_cache .mypy_cache

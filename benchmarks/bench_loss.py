@@ -21,6 +21,8 @@ SIZES = [
     ("gcl", 256, 768),
     ("gcl", 1024, 768),
     ("gcl", 2048, 768),
+    ("fused", 128, 512),
+    ("fused", 2048, 768),
     ("clip", 256, 512),
     ("clip", 1024, 512),
     ("clip", 4096, 512),
@@ -31,6 +33,7 @@ PEERS = [
     "dense torch.compile",
     "chunked checkpoint",
     "open_clip ClipLoss",
+    "gcl_kernels, sum given",
     "gcl_kernels",
 ]
 FLOOR_SIZE = 4096

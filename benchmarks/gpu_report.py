@@ -1,101 +1,296 @@
 """The full record of a machine with a GPU: ``make gpu-report``.
 
-Parity first: the contract suite on the device, for every backend there is. No speed is reported
-while a parity test fails. Then the parts below, each written to the JSON as soon as it is measured:
+Parts, in this order, each written to the JSON as soon as it is measured:
 
-    floor    rate of torch.mm, 8192 cubed, in each dtype
-    speed    forward, forward + backward, and peak memory, for each backend and peer that fits
-    graph    a step captured in a CUDA graph: replay time, and equal bits in replay and two runs
-    limit    the largest problem: N = 131072, D = 768
+    parity     the contract suite on the device, every backend; nothing below runs while it fails
+    floor      rate of torch.mm, 8192 cubed, in each dtype
+    graph      a step at logit scale 100 captured in a CUDA graph: replay time, and equal bits in
+               replay and two runs
+    training   steps of three linear towers from logit scale 100: losses beside dense float32
+    limit      the largest problem, N = 131072, D = 768: time and peak memory
+    speed      forward, backward and both, and peak memory, for each backend and peer that fits
+    sanitizer  compute-sanitizer (memcheck, racecheck) on a small step
+    targets    what of the targets holds, from the parts above
 
-    python -m benchmarks.gpu_report [--only floor speed] [--out FILE] [--quick] [--device cpu]
+The whole takes at most ``--seconds`` (450): a step that no longer fits is skipped, and the record
+says so under ``skipped``. A record of the same commit and machine is continued, so that ``--only``
+parts add to it; parity runs once.
+
+    python -m benchmarks.gpu_report [--only floor speed] [--out FILE] [--seconds S] [--quick]
+                                    [--device cpu]
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import gcl_kernels
-from benchmarks.peers import (
-    NUM_VIEWS,
-    chunked_gcl,
-    dense_clip,
-    dense_gcl,
-    ours,
-    product_flops,
-    training_step,
-)
+from benchmarks.peers import chunked_gcl, dense_clip, dense_gcl
 from benchmarks.record import RESULTS, environment
+from gcl_kernels.dispatch import BACKENDS
 
-PARITY = ["test_contract.py", "test_compile.py", "test_tolerance.py"]
-LOSSES = {"gcl": gcl_kernels.gcl_loss, "clip": gcl_kernels.clip_loss}
-DENSE = {"gcl": dense_gcl, "clip": dense_clip}
+ROOT = Path(__file__).parent.parent
+PARITY = ["test_contract.py", "test_score_fusion.py", "test_triton.py", "test_triton_fused.py"]
+QUICK_PARITY = ["test_tolerance.py"]
+PARITY_SECONDS = 200
+SANITIZER_SECONDS = 60
+"""The most that the tests, and one tool of the sanitizer, may take."""
+
 DENSE_BYTES_PER_LOGIT = 24
 """What dense autograd holds at its peak per logit, with bfloat16 inputs; a peer is skipped where
 this does not fit."""
 
+SLOWEST = {"ours": 0.05, "peer": 0.02}
+"""Share of the floor's rate that a first step is assumed to reach when it is asked whether it still
+fits the time."""
 
+SIZES = (256, 1024, 4096, 16384, 32768, 65536)
+DIMS = (256, 512, 768, 1024)
+LARGEST = 131072
+STEP_SCALE = 100.0
+MEMORY_TARGET = 2.3e9
+
+
+def dense_fused(e_i: Tensor, e_t: Tensor, scale: Tensor) -> Tensor:
+    return dense_gcl(e_i, e_t, e_i + e_t, scale)
+
+
+def chunked_fused(e_i: Tensor, e_t: Tensor, scale: Tensor) -> Tensor:
+    return chunked_gcl(e_i, e_t, e_i + e_t, scale)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A loss that is measured.
+
+    Attributes:
+        views: how many embeddings a sample has.
+        logits: rows of its dense matrix, for each sample.
+        flops: of the products of forward and backward, in units of N^2 D (design, section 2 and 3).
+        loss: ours, of the views and the scale.
+        dense, chunked: what could be used instead; None where there is nothing.
+    """
+
+    views: int
+    logits: int
+    flops: int
+    loss: Callable[..., Tensor]
+    dense: Callable[..., Tensor]
+    chunked: Callable[..., Tensor] | None = None
+
+
+def _fused(e_i: Tensor, e_t: Tensor, scale: Tensor, *, backend: str) -> Tensor:
+    return gcl_kernels.gcl_loss(e_i, e_t, logit_scale=scale, backend=backend)
+
+
+TASKS = {
+    "gcl": Task(3, 3, 36, gcl_kernels.gcl_loss, dense_gcl, chunked_gcl),
+    "clip": Task(2, 1, 8, gcl_kernels.clip_loss, dense_clip),
+    "fused": Task(2, 3, 16, _fused, dense_fused, chunked_fused),
+}
+
+
+class Deadline:
+    """What is left of the time that the whole report may take."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = clock() + seconds
+
+    def left(self) -> float:
+        return self._end - self._clock()
+
+
+@dataclass
 class Report:
-    """A JSON file that holds whatever was measured so far."""
+    """A JSON file that holds whatever was measured so far.
 
-    def __init__(self, path: Path, device: str) -> None:
-        self.path, self.device = path, device
-        self.data: dict[str, Any] = {"environment": environment(), "device": device}
-        path.parent.mkdir(parents=True, exist_ok=True)
+    Attributes:
+        reserve: seconds to leave to the parts that follow.
+    """
+
+    path: Path
+    device: str
+    quick: bool
+    deadline: Deadline
+    reserve: float = 0.0
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        here = {"environment": environment(), "device": self.device, "quick": self.quick}
+        self.data = continued(self.path, here)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def put(self, part: str, value: Any) -> None:
         self.data[part] = value
         self.path.write_text(json.dumps(self.data, indent=1) + "\n")
 
+    def allows(self, part: str, what: str, seconds: float) -> bool:
+        """Whether something that may take so long still fits; if not, that is recorded."""
+        left = self.deadline.left() - self.reserve
+        if seconds <= left:
+            return True
+        entry = f"{part}: {what} (up to {seconds:.0f} s, {max(left, 0):.0f} s left)"
+        self.put("skipped", [*self.data.get("skipped", []), entry])
+        print("skipped", entry, flush=True)
+        return False
 
-def backend_names() -> list[str]:
-    """The backends that run in tiles here."""
-    states = gcl_kernels.backends()
-    return [name for name in states if name != "reference" and states[name] == "available"]
+
+def continued(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """The record at ``path`` where it is of this commit and machine, else a new one."""
+    commit = here["environment"]["commit"]
+    if path.exists() and not commit.endswith("+") and commit != "unknown":
+        data = json.loads(path.read_text())
+        if all(data.get(key) == value for key, value in here.items()):
+            data.pop("skipped", None)
+            return data
+    return here
 
 
-def seconds(step: Callable[[], Any], device: str, budget: float = 0.5) -> float:
-    """Median of repeated runs within about ``budget`` seconds, after a warm-up."""
-    for _ in range(2):
+def backend_names(device: str, dtype: torch.dtype = torch.bfloat16) -> list[str]:
+    """The backends that run in tiles on this device."""
+    return [
+        name
+        for name, row in BACKENDS.items()
+        if name != "reference"
+        and row.why_unavailable() is None
+        and row.why_not(torch.device(device), dtype) is None
+    ]
+
+
+# --- Measuring -----------------------------------------------------------------------------------
+
+
+def timed(steps: list[Callable[[], Any]], device: str) -> list[float]:
+    """Seconds of each step, run one after the other."""
+    if device == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+        events[0].record()
+        for step, event in zip(steps, events[1:], strict=True):
+            step()
+            event.record()
+        events[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+    times = []
+    for step in steps:
+        before = time.perf_counter()
         step()
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - started < budget and len(times) < 200):
-        if device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            before = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - before)
-    return median(times)
+        times.append(time.perf_counter() - before)
+    return times
 
 
-def parity(quick: bool) -> dict[str, Any]:
-    """Run the contract on every device and backend; the counts, or the failures."""
-    tests = Path(__file__).parent.parent / "python_tests"
-    chosen = PARITY[-1:] if quick else PARITY
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rf", *(str(tests / name) for name in chosen)],
-        capture_output=True,
-        text=True,
-        cwd=tests.parent,
-    )
+def repeats(first: float, budget: float) -> int:
+    """How often a step is measured that took ``first`` seconds."""
+    return max(2, min(50, int(budget / max(first, 1e-6))))
+
+
+def medians(steps: list[Callable[[], Any]], device: str, budget: float = 0.4) -> list[float]:
+    """Medians of repeated runs within about ``budget`` seconds, after two that warm up."""
+    timed(steps, device)
+    first = sum(timed(steps, device))
+    runs = [timed(steps, device) for _ in range(repeats(first, budget))]
+    return [median(times) for times in zip(*runs, strict=True)]
+
+
+@dataclass
+class Step:
+    """Forward and backward of a loss on fixed random embeddings."""
+
+    function: Callable[..., Tensor]
+    leaves: list[Tensor]
+    loss: Tensor | None = None
+
+    def forward(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+        self.loss = self.function(*self.leaves)
+
+    def backward(self) -> None:
+        assert self.loss is not None
+        self.loss.backward()
+
+    def both(self) -> Tensor:
+        self.forward()
+        self.backward()
+        assert self.loss is not None
+        return self.loss.detach()
+
+
+def make_step(
+    task: Task,
+    function: Callable[..., Tensor],
+    n: int,
+    d: int,
+    dtype: torch.dtype,
+    device: str,
+    scale: float = 1 / 0.07,
+) -> Step:
+    generator = torch.Generator(device=device).manual_seed(n + d)
+    views = [
+        torch.randn(n, d, generator=generator, dtype=dtype, device=device).requires_grad_()
+        for _ in range(task.views)
+    ]
+    return Step(function, [*views, torch.tensor(scale, device=device, requires_grad=True)])
+
+
+def ours(task: Task, backend: str) -> Callable[..., Tensor]:
+    return lambda *arguments: task.loss(*arguments, backend=backend)
+
+
+def peak_bytes(step: Step, device: str) -> int | None:
+    """What a step holds at its peak beyond inputs and gradients, which exist before and after."""
+    if device != "cuda":
+        return None
+    step.both()
+    step.loss = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step.both()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# --- Parts ---------------------------------------------------------------------------------------
+
+
+def parity(report: Report) -> dict[str, Any]:
+    """Run the contract on every backend; the counts, or the failures."""
+    tests = ROOT / "python_tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
+    if report.device == "cuda":
+        command += ["-k", "not cpu and not interpreter"]
+        if importlib.util.find_spec("xdist") is not None:
+            # Each process compiles its share of the kernels.
+            command += ["-n", str(min(12, os.cpu_count() or 1))]
+    chosen = QUICK_PARITY if report.quick else PARITY
+    seconds = min(PARITY_SECONDS, report.deadline.left())
+    try:
+        result = subprocess.run(
+            [*command, *(str(tests / name) for name in chosen)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return {"passed": False, "summary": f"not finished in {seconds:.0f} s", "failures": []}
     lines = result.stdout.strip().splitlines()
     return {
         "passed": result.returncode == 0,
@@ -104,151 +299,319 @@ def parity(quick: bool) -> dict[str, Any]:
     }
 
 
-def floor(device: str, quick: bool) -> dict[str, float]:
+def floor(report: Report) -> dict[str, float]:
     """TFLOP/s of a plain large product, by dtype."""
-    size = 512 if quick else 8192
+    size = 512 if report.quick else 8192
     rates = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        rates[str(dtype).removeprefix("torch.")] = (
-            2e-12 * size**3 / seconds(lambda a=a, b=b: a @ b, device)
-        )
+        a, b = (torch.randn(size, size, device=report.device, dtype=dtype) for _ in range(2))
+        (seconds,) = medians([lambda a=a, b=b: a @ b], report.device)
+        rates[str(dtype).removeprefix("torch.")] = 2e-12 * size**3 / seconds
     return rates
 
 
-def _peak_bytes(step: Callable[[], Any], device: str) -> int | None:
-    if device != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    # Gradients exist before and after; a step replaces them.
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _fits(n: int, task: str, device: str) -> bool:
-    rows = n * (NUM_VIEWS[task] if task == "gcl" else 1)
-    memory = torch.cuda.mem_get_info()[1] if device == "cuda" else 4 << 30
-    return DENSE_BYTES_PER_LOGIT * rows**2 < memory
-
-
-def speed(
-    device: str, quick: bool, rates: dict[str, float], put: Callable[[list], None]
-) -> list[dict[str, Any]]:
-    """Times of forward and of both passes, for our backends and the peers that fit."""
-    sizes = [256, 1024, 4096, 16384, 32768, 65536]
-    dims = [256, 512, 768, 1024]
-    cases = [("gcl", n, 768, "bfloat16") for n in sizes]
-    cases += [("gcl", n, d, "bfloat16") for n in (4096, 32768) for d in dims if d != 768]
-    cases += [("clip", n, 768, "bfloat16") for n in sizes]
-    cases += [("gcl", n, 768, "float32") for n in (1024, 4096)]
-    if quick:
-        cases = [("gcl", 64, 32, "float32"), ("clip", 64, 32, "bfloat16")]
+def graph(report: Report) -> list[dict[str, Any]]:
+    """Two runs, and a captured step replayed, at logit scale 100: equal bits, and times."""
     rows = []
-    for task, n, d, dtype_name in cases:
-        dtype = getattr(torch, dtype_name)
-        peers = {name: ours(LOSSES[task], name) for name in backend_names()}
-        if _fits(n, task, device):
-            peers["dense eager"] = DENSE[task]
-            if not quick:
-                torch._dynamo.reset()
-                peers["dense torch.compile"] = torch.compile(DENSE[task])
-        if task == "gcl" and n <= 16384:
-            peers["chunked checkpoint"] = chunked_gcl
-        row: dict[str, Any] = {"task": task, "n": n, "d": d, "dtype": dtype_name, "peers": {}}
-        for name, function in peers.items():
-            step = training_step(function, task, n, d, dtype, device)
-            views = [torch.randn(n, d, device=device, dtype=dtype) for _ in range(NUM_VIEWS[task])]
-            scale = torch.tensor(1 / 0.07, device=device)
-
-            def forward(function=function, views=views, scale=scale):
-                with torch.no_grad():
-                    return function(*views, scale)
-
-            both = seconds(step, device)
-            row["peers"][name] = {
-                "forward_ms": 1e3 * seconds(forward, device, 0.25),
-                "forward_backward_ms": 1e3 * both,
-                "efficiency": product_flops(task, n, d) / (rates[dtype_name] * 1e12) / both,
-                "peak_bytes": _peak_bytes(step, device),
-            }
-        rows.append(row)
-        put(rows)
-    return rows
-
-
-def graph(device: str, quick: bool) -> list[dict[str, Any]]:
-    """Capture a step at logit scale 100, replay it, and compare bits (CUDA only)."""
-    rows = []
-    for backend in backend_names() if device == "cuda" else []:
-        for n in (256, 1024, 4096):
-            views = [
-                torch.randn(n, 768, device=device, dtype=torch.bfloat16).requires_grad_()
-                for _ in range(3)
-            ]
-            scale = torch.tensor(100.0, device=device, requires_grad=True)
-
-            def step(views=views, scale=scale, backend=backend):
-                for leaf in (*views, scale):
-                    leaf.grad = None
-                gcl_kernels.gcl_loss(*views, scale, backend=backend).backward()
-                return [leaf.grad for leaf in (*views, scale)]
-
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    eager = [grad.clone() for grad in step()]
-                again = [grad.clone() for grad in step()]
-            torch.cuda.current_stream().wait_stream(side)
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
-                grads = step()
-            captured.replay()
-            rows.append(
-                {
-                    "backend": backend,
-                    "n": n,
-                    "d": 768,
-                    "replay_ms": 1e3 * seconds(captured.replay, device),
-                    "eager_ms": 1e3 * seconds(step, device),
-                    "two_runs_equal": all(map(torch.equal, eager, again)),
-                    "replay_equals_eager": all(map(torch.equal, eager, grads)),
-                }
+    cases = [(task, n) for task in TASKS for n in ((64,) if report.quick else (256, 1024, 4096))]
+    for backend in backend_names(report.device):
+        for name, n in cases:
+            if not report.allows("graph", f"{backend} {name} {n}", 5):
+                continue
+            task = TASKS[name]
+            step = make_step(
+                task, ours(task, backend), n, 768, torch.bfloat16, report.device, STEP_SCALE
             )
+            row = {"backend": backend, "task": name, "n": n, "d": 768}
+            rows.append(row | (_captured if report.device == "cuda" else _repeated)(step))
+            report.put("graph", rows)
     return rows
 
 
-def limit(device: str, quick: bool) -> list[dict[str, Any]]:
+def _bits(step: Step) -> list[Tensor]:
+    return [step.both().clone(), *(leaf.grad.clone() for leaf in step.leaves)]
+
+
+def _repeated(step: Step) -> dict[str, Any]:
+    return {"two_runs_equal": all(map(torch.equal, _bits(step), _bits(step)))}
+
+
+def _captured(step: Step) -> dict[str, Any]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step.both()
+        row = _repeated(step)
+        eager = _bits(step)
+    torch.cuda.current_stream().wait_stream(side)
+    (eager_seconds,) = medians([step.both], "cuda", 0.2)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        outputs = [step.both(), *(leaf.grad for leaf in step.leaves)]
+    captured.replay()
+    torch.cuda.synchronize()
+    row["replay_equals_eager"] = all(map(torch.equal, eager, outputs))
+    (replay_seconds,) = medians([captured.replay], "cuda", 0.2)
+    return row | {"eager_ms": 1e3 * eager_seconds, "replay_ms": 1e3 * replay_seconds}
+
+
+def training(report: Report) -> list[dict[str, Any]]:
+    """AdamW on three linear towers in bfloat16 autocast: losses beside dense float32's."""
+    n, d, steps = (32, 16, 3) if report.quick else (4096, 768, 5)
+
+    def run(function: Callable[..., Tensor], autocast: bool) -> dict[str, Any]:
+        torch.manual_seed(0)
+        towers = [torch.nn.Linear(d, d, device=report.device) for _ in range(3)]
+        log_scale = torch.nn.Parameter(torch.tensor(STEP_SCALE, device=report.device).log())
+        parameters = [p for tower in towers for p in tower.parameters()] + [log_scale]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        common = torch.randn(n, d, device=report.device)
+        inputs = [common + torch.randn(n, d, device=report.device) for _ in towers]
+        losses, times = [], []
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(report.device, torch.bfloat16, enabled=autocast):
+                views = [tower(x) for tower, x in zip(towers, inputs, strict=True)]
+                loss = function(*views, log_scale.exp())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+
+        for _ in range(steps):
+            times += timed([step], report.device)
+        return {"losses": [loss.item() for loss in losses], "step_ms": 1e3 * median(times)}
+
+    rows = [{"backend": "dense float32", **run(dense_gcl, autocast=False)}]
+    for backend in backend_names(report.device):
+        if report.allows("training", backend, 10):
+            rows.append({"backend": backend, **run(ours(TASKS["gcl"], backend), autocast=True)})
+            report.put("training", rows)
+    return rows
+
+
+def limit(report: Report) -> list[dict[str, Any]]:
     """Time and peak memory of the largest problem."""
-    n = 256 if quick else 131072
+    n = 256 if report.quick else LARGEST
     rows = []
-    for backend in backend_names():
-        step = training_step(ours(LOSSES["gcl"], backend), "gcl", n, 768, torch.bfloat16, device)
-        peak = _peak_bytes(step, device)
-        before = time.perf_counter()
-        loss = step().item()
-        rows.append(
-            {
-                "backend": backend,
-                "n": n,
-                "d": 768,
-                "peak_bytes": peak,
-                "seconds": time.perf_counter() - before,
-                "loss": loss,
-            }
-        )
+    for name, task in TASKS.items():
+        for backend in backend_names(report.device):
+            guess = expected_seconds(report, task, n, 768, "bfloat16", "ours")
+            if not report.allows("limit", f"{backend} {name}", guess):
+                continue
+            step = make_step(task, ours(task, backend), n, 768, torch.bfloat16, report.device)
+            peak = peak_bytes(step, report.device)
+            (seconds,) = timed([step.both], report.device)
+            row = {"backend": backend, "task": name, "n": n, "d": 768, "peak_bytes": peak}
+            rows.append(row | {"seconds": seconds, "loss": step.both().item()})
+            report.put("limit", rows)
     return rows
+
+
+def speed_cases(quick: bool) -> list[tuple[str, int, int, str]]:
+    """(task, N, D, dtype), those that the targets speak of first."""
+    if quick:
+        return [
+            ("gcl", 64, 32, "float32"),
+            ("clip", 64, 32, "bfloat16"),
+            ("fused", 64, 32, "float32"),
+        ]
+    cases = [(task, n, 768, "bfloat16") for n in (32768, 4096) for task in TASKS]
+    cases += [(task, n, 768, "bfloat16") for n in (256, 1024, 16384) for task in TASKS]
+    cases += [(task, n, 512, "bfloat16") for n in (256, 1024, 4096, 32768) for task in TASKS]
+    cases += [(task, n, 768, "float32") for n in (1024, 4096) for task in TASKS]
+    cases += [(task, n, d, "bfloat16") for n in SIZES for d in DIMS for task in TASKS]
+    return list(dict.fromkeys(cases))
+
+
+def expected_seconds(report: Report, task: Task, n: int, d: int, dtype: str, kind: str) -> float:
+    """An upper guess of what measuring one entry takes: six steps, and what is compiled."""
+    rate = report.data["floor_tflops"][dtype] * 1e12
+    return 6 * task.flops * n * n * d / (SLOWEST[kind] * rate) + (10 if kind == "peer" else 4)
+
+
+def fits(task: Task, n: int, device: str) -> bool:
+    """Whether a dense matrix of the task fits the device."""
+    memory = torch.cuda.mem_get_info()[1] if device == "cuda" else 4 << 30
+    return DENSE_BYTES_PER_LOGIT * (task.logits * n) ** 2 < memory
+
+
+def entries(
+    task: Task, n: int, d: int, dtype: torch.dtype, device: str, quick: bool
+) -> Iterator[tuple[str, str, Callable[..., Tensor]]]:
+    """(name, kind, function) of what is measured at one size.
+
+    Peers and ``tiled`` run at one dimension: their times follow the same products.
+    """
+    for backend in backend_names(device, dtype):
+        if backend != "tiled" or d == 768 or quick:
+            yield backend, "ours", ours(task, backend)
+    if d != 768 and not quick:
+        return
+    if fits(task, n, device):
+        yield "dense eager", "peer", task.dense
+        if not quick:
+            torch._dynamo.reset()
+            yield "dense torch.compile", "peer", torch.compile(task.dense, dynamic=False)
+    if task.chunked is not None and n <= 16384:
+        yield "chunked checkpoint", "peer", task.chunked
+
+
+def speed(report: Report) -> list[dict[str, Any]]:
+    """Times and memory of our backends and the peers that fit, at every size."""
+    rows: list[dict[str, Any]] = []
+    for name, n, d, dtype_name in speed_cases(report.quick):
+        task, dtype = TASKS[name], getattr(torch, dtype_name)
+        row: dict[str, Any] = {"task": name, "n": n, "d": d, "dtype": dtype_name, "peers": {}}
+        rows.append(row)
+        for peer, kind, function in entries(task, n, d, dtype, report.device, report.quick):
+            label = f"{name} {n} {d} {dtype_name} {peer}"
+            guess = expected_seconds(report, task, n, d, dtype_name, kind)
+            if not report.allows("speed", label, guess):
+                continue
+            step = make_step(task, function, n, d, dtype, report.device)
+            try:
+                forward, backward = medians([step.forward, step.backward], report.device)
+                peak = peak_bytes(step, report.device)
+            except torch.OutOfMemoryError as error:
+                row["peers"][peer] = {"failed": str(error).splitlines()[0]}
+                continue
+            rate = report.data["floor_tflops"][dtype_name] * 1e12
+            row["peers"][peer] = {
+                "forward_ms": 1e3 * forward,
+                "backward_ms": 1e3 * backward,
+                "both_ms": 1e3 * (forward + backward),
+                "efficiency": task.flops * n * n * d / rate / (forward + backward),
+                "peak_bytes": peak,
+            }
+            print(f"{label:50} {1e3 * (forward + backward):10.3f} ms", flush=True)
+            report.put("speed", rows)
+            del step
+            if report.device == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def small_step(backend: str, device: str) -> None:
+    """What the sanitizer watches: every kernel of a backend, ragged, on both sides of the bound."""
+    for task in TASKS.values():
+        for n, d, dtype in ((300, 80, torch.bfloat16), (70, 67, torch.float32)):
+            for scale in (20.0, STEP_SCALE):
+                make_step(task, ours(task, backend), n, d, dtype, device, scale).both()
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def find_sanitizer(path: str | None = None) -> str | None:
+    """compute-sanitizer on the path, beside nvcc, or in the toolkit that nvcc belongs to."""
+    found = shutil.which("compute-sanitizer", path=path)
+    if found is not None:
+        return found
+    nvcc = shutil.which("nvcc", path=path)
+    for folder in (Path(nvcc).resolve().parent,) if nvcc else ():
+        for place in (folder, folder.parent / "compute-sanitizer"):
+            if (place / "compute-sanitizer").is_file():
+                return str(place / "compute-sanitizer")
+    return None
+
+
+def sanitizer_command(tool: str, program: str, backend: str, device: str) -> list[str]:
+    code = f"from benchmarks.gpu_report import small_step; small_step({backend!r}, {device!r})"
+    return [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+
+
+def sanitizer(report: Report) -> list[dict[str, Any]] | str:
+    """memcheck and racecheck of :func:`small_step`; compiled once before, outside of the tool."""
+    program = find_sanitizer()
+    if program is None:
+        return "compute-sanitizer not found"
+    rows: list[dict[str, Any]] = []
+    for backend in backend_names(report.device):
+        if backend == "tiled":
+            continue  # PyTorch's own kernels
+        small_step(backend, report.device)
+        for tool in ("memcheck", "racecheck"):
+            if not report.allows("sanitizer", f"{backend} {tool}", SANITIZER_SECONDS):
+                continue
+            row: dict[str, Any] = {"backend": backend, "tool": tool}
+            try:
+                result = subprocess.run(
+                    sanitizer_command(tool, program, backend, report.device),
+                    capture_output=True,
+                    text=True,
+                    cwd=ROOT,
+                    timeout=SANITIZER_SECONDS,
+                    # Each tensor an allocation of its own, so that its bounds are known.
+                    env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                )
+                summary = [line for line in result.stdout.splitlines() if "SUMMARY" in line]
+                row["clean"] = result.returncode == 0
+                row["summary"] = summary[-1].strip("= ") if summary else result.stdout[-300:]
+            except subprocess.TimeoutExpired:
+                row |= {"clean": None, "summary": f"not finished in {SANITIZER_SECONDS} s"}
+            rows.append(row)
+            report.put("sanitizer", rows)
+    return rows
+
+
+def targets(data: dict[str, Any], backend: str = "triton") -> list[dict[str, Any]]:
+    """Each target with its value and whether it is met; only what was measured."""
+    rows: list[dict[str, Any]] = []
+
+    def judge(what: str, value: float, target: float, at_least: bool = True) -> None:
+        met = value >= target if at_least else value <= target
+        rows.append({"what": what, "value": value, "target": target, "met": met})
+
+    speeds = {
+        (row["task"], row["n"]): row["peers"]
+        for row in data.get("speed", [])
+        if (row["d"], row["dtype"]) == (768, "bfloat16")
+    }
+    wanted = (
+        ("gcl", 32768, 0.70),
+        ("gcl", 4096, 0.5),
+        ("clip", 32768, 0.70),
+        ("fused", 32768, 0.55),
+    )
+    for task, n, efficiency in wanted:
+        own = speeds.get((task, n), {}).get(backend, {})
+        if "efficiency" in own:
+            judge(f"{task} N={n}: efficiency", own["efficiency"], efficiency)
+    for task in TASKS:
+        for peer, factor in (("dense eager", 3.0), ("dense torch.compile", 2.0)):
+            sizes = [
+                n
+                for (name, n), peers in speeds.items()
+                if name == task and "both_ms" in peers.get(peer, {}) and backend in peers
+            ]
+            for n in sorted(sizes):
+                ratio = speeds[task, n][peer]["both_ms"] / speeds[task, n][backend]["both_ms"]
+                if n == max(sizes):
+                    judge(f"{task} N={n}: times {peer}", ratio, factor)
+                elif n <= 1024 and peer == "dense torch.compile":
+                    judge(f"{task} N={n}: times {peer}", ratio, 1.0)
+    for row in data.get("limit", []):
+        if row["backend"] == backend and row["task"] == "gcl" and row["peak_bytes"]:
+            judge(f"gcl N={row['n']}: peak bytes", row["peak_bytes"], MEMORY_TARGET, False)
+    return rows
+
+
+PARTS: dict[str, tuple[Callable[[Report], Any], float]] = {
+    "graph": (graph, 150.0),
+    "training": (training, 150.0),
+    "limit": (limit, 120.0),
+    "speed": (speed, 60.0),
+    "sanitizer": (sanitizer, 0.0),
+}
+"""Each part, and the seconds that it leaves to those after it."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=["floor", "speed", "graph", "limit"])
+    parser.add_argument("--only", nargs="+", choices=["parity", "floor", *PARTS])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=450.0)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: tries the script itself")
     arguments = parser.parse_args(argv)
@@ -258,28 +621,27 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     default = RESULTS / (re.sub(r"\W+", "-", name.lower()).strip("-") + ".json")
-    report = Report(arguments.out or default, device)
-    outcome = parity(arguments.quick)
-    report.put("parity", outcome)
+    deadline = Deadline(arguments.seconds)
+    report = Report(arguments.out or default, device, arguments.quick, deadline)
+    wanted = arguments.only or ["parity", "floor", *PARTS]
+    if "parity" in wanted or not report.data.get("parity", {}).get("passed"):
+        report.put("parity", parity(report))
+    outcome = report.data["parity"]
     print("parity:", outcome["summary"], flush=True)
     if not outcome["passed"]:
-        print("no speed is reported while parity fails:", *outcome["failures"], sep="\n")
+        print("nothing else is reported while parity fails:", *outcome["failures"], sep="\n")
         return 1
-    wanted = arguments.only or ["floor", "speed", "graph", "limit"]
-    rates = floor(device, arguments.quick)
-    report.put("floor_tflops", rates)
-    print("floor, TFLOP/s:", rates, flush=True)
-    if "speed" in wanted:
-        rows = speed(device, arguments.quick, rates, lambda value: report.put("speed", value))
-        for row in rows:
-            print(row["task"], row["n"], row["d"], row["dtype"], flush=True)
-            for peer, figures in row["peers"].items():
-                print(f"    {peer:22} {figures['forward_backward_ms']:10.3f} ms  "
-                      f"efficiency {figures['efficiency']:.2f}")  # fmt: skip
-    for part, function in (("graph", graph), ("limit", limit)):
+    if "floor" in wanted or "floor_tflops" not in report.data:
+        report.put("floor_tflops", floor(report))
+        print("floor, TFLOP/s:", report.data["floor_tflops"], flush=True)
+    for part, (function, reserve) in PARTS.items():
         if part in wanted:
-            report.put(part, function(device, arguments.quick))
-            print(part, json.dumps(report.data[part]), flush=True)
+            report.reserve = 0.0 if arguments.only else reserve
+            report.put(part, function(report))
+            print(part, "done,", f"{deadline.left():.0f} s left", flush=True)
+    report.put("targets", targets(report.data))
+    for row in report.data["targets"]:
+        print("met " if row["met"] else "MISS", row["what"], row["value"], "of", row["target"])
     print("written to", report.path)
     return 0
 

@@ -22,7 +22,12 @@ from typing import Any
 
 import torch
 
-from gcl_kernels.backends.triton.tiles import CHIPS, TILES
+from gcl_kernels.backends.triton.tiles import CHIPS, FUSED_TILES, TILES, Tile
+
+TILE_KERNELS = ("stats", "weights", "fused_stats", "fused_weights")
+FOLDS = ("fold", "inner")
+GCL_VIEWS = {"BASES": (0, 1, None), "CANDIDATES": ((True,) * 3,) * 3, "ORDER": (2, 0, 1)}
+"""What fused kernels are compiled for: image, text, and their sum."""
 
 TRITON_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -40,8 +45,13 @@ class Variant:
     dim: int = 1024
 
     @property
+    def tile(self) -> Tile:
+        table = FUSED_TILES if self.kernel.startswith("fused") else TILES
+        return table[self.chip, self.row]
+
+    @property
     def products(self) -> str:
-        if self.kernel == "fold":
+        if self.kernel in FOLDS:
             return "none"
         if self.dtype != torch.float32:
             return TRITON_DTYPES[self.dtype]
@@ -76,18 +86,19 @@ def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
             if name != chip:
                 continue
             for dtype in (torch.float32,) if row == "fma" else (torch.bfloat16, torch.float32):
-                for kernel in ("stats", "weights"):
+                for kernel in TILE_KERNELS:
                     yield Variant(kernel, chip, row, dtype)
                     if row == "large" and dtype == torch.bfloat16:
                         yield Variant(kernel, chip, row, dtype, diagonal=False)
-        yield Variant("fold", chip, "large", torch.float32)
+        for kernel in FOLDS:
+            yield Variant(kernel, chip, "large", torch.float32)
 
 
 def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     """Types, constants and alignments of a kernel's arguments, as a launch would give them."""
     from gcl_kernels.backends.triton import stats
 
-    tile = TILES[variant.chip, variant.row]
+    tile = variant.tile
     tile_k = tile.slice_elements(variant.dtype)
     constants = {
         "UNIT_ROWS": True,
@@ -100,15 +111,17 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
         "PRECISION": "tf32" if variant.products == "tf32" else "ieee",
         "LINES": stats.FOLD_LINES,
         "SLOTS": stats.FOLD_SLOTS,
+        **GCL_VIEWS,
     }
     if not variant.ids:
         constants.update(ids_rows=None, ids_cols=None)
     compute = "*" + TRITON_DTYPES[variant.dtype]
     types = {"z_rows": compute, "z_cols": compute, "out": compute}
     types.update(dict.fromkeys(("ids_rows", "ids_cols"), "*i64"))
-    types.update(dict.fromkeys(("dim", "num_rows", "num_cols"), "i32"))
+    types.update(dict.fromkeys(("dim", "num_rows", "num_cols", "pitch"), "i32"))
     types.update(dict.fromkeys(("row_start", "col_start", "id_offset", "id_period"), "i32"))
     types.update(dict.fromkeys(("row_slots", "col_slots", "row_programs"), "i32"))
+    types.update(dict.fromkeys(("row_samples", "col_samples"), "i32"))
     signature, values, alignments = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -183,12 +196,15 @@ def inspect(variant: Variant) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gcl_kernels.backends.triton import stats, weights
+    from gcl_kernels.backends.triton import fused_stats, fused_weights, stats, weights
 
     kernel = {
         "stats": stats.stats_kernel,
         "weights": weights.weights_kernel,
         "fold": stats.fold_kernel,
+        "fused_stats": fused_stats.fused_stats_kernel,
+        "fused_weights": fused_weights.fused_weights_kernel,
+        "inner": fused_weights.inner_kernel,
     }[variant.kernel]
     amd = variant.chip.startswith("gfx")
     target = (
@@ -197,9 +213,8 @@ def inspect(variant: Variant) -> Resources:
         else GPUTarget("cuda", int(variant.chip.removeprefix("sm_")), 32)
     )
     options = {}
-    if variant.kernel != "fold":
-        tile = TILES[variant.chip, variant.row]
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if variant.kernel in TILE_KERNELS:
+        options = {"num_warps": variant.tile.warps, "num_stages": variant.tile.stages}
     source = ASTSource(kernel, *_signature(variant, kernel))
     compiled = triton.compile(source, target=target, options=options)
     return _amd(compiled) if amd else _nvidia(compiled)
@@ -221,9 +236,9 @@ def table(chosen: list[Variant], results: list[Resources]) -> Iterator[str]:
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for variant, r in zip(chosen, results, strict=True):
-        size = TILES[variant.chip, variant.row].size
+        size = variant.tile.size
         block = "diagonal" if variant.diagonal else "off diagonal"
-        tile, block = ("-", "any") if variant.kernel == "fold" else (f"{size} x {size}", block)
+        tile, block = ("-", "any") if variant.kernel in FOLDS else (f"{size} x {size}", block)
         row = (
             variant.chip, variant.kernel, tile, variant.products, block, r.registers,
             r.spill_bytes, f"{r.shared_bytes / 1024:.1f}", r.matrix, r.fma, r.exponentials,

@@ -58,18 +58,35 @@ def open_clip_clip(e_i: Tensor, e_t: Tensor, scale: Tensor) -> Tensor:
     return open_clip.ClipLoss()(F.normalize(e_i, dim=-1), F.normalize(e_t, dim=-1), scale)
 
 
+def on_sum(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss of three views as one of two, with their sum for the third."""
+    return lambda e_i, e_t, scale: loss(e_i, e_t, e_i + e_t, scale)
+
+
 def ours(loss: Callable[..., Tensor], backend: str) -> Callable[..., Tensor]:
     return lambda *arguments: loss(*arguments, backend=backend)
 
 
 def peers(task: str, backend: str = "auto") -> dict[str, Callable[..., Tensor]]:
-    """Name to function of the views and the scale, for ``task`` ``"gcl"`` or ``"clip"``."""
+    """Name to function of the views and the scale, for a task of ``NUM_VIEWS``.
+
+    ``"fused"`` is GCL of image, text and their sum.
+    """
     if task == "gcl":
         return {
             "dense eager": dense_gcl,
             "dense torch.compile": torch.compile(dense_gcl),
             "chunked checkpoint": chunked_gcl,
             "gcl_kernels": ours(gcl_kernels.gcl_loss, backend),
+        }
+    if task == "fused":
+        loss = ours(gcl_kernels.gcl_loss, backend)
+        return {
+            "dense eager": on_sum(dense_gcl),
+            "dense torch.compile": torch.compile(on_sum(dense_gcl)),
+            "chunked checkpoint": on_sum(chunked_gcl),
+            "gcl_kernels, sum given": on_sum(loss),
+            "gcl_kernels": lambda e_i, e_t, scale: loss(e_i, e_t, None, scale),
         }
     return {
         "dense eager": dense_clip,
@@ -79,12 +96,12 @@ def peers(task: str, backend: str = "auto") -> dict[str, Callable[..., Tensor]]:
     }
 
 
-NUM_VIEWS = {"gcl": 3, "clip": 2}
+NUM_VIEWS = {"gcl": 3, "fused": 2, "clip": 2}
 
 
 def product_flops(task: str, n: int, d: int) -> float:
     """Floating-point operations of the matrix products of a forward and a backward pass."""
-    return {"gcl": 4 * (3 * n) ** 2 * d, "clip": 8 * n * n * d}[task]
+    return {"gcl": 36, "fused": 16, "clip": 8}[task] * n * n * d
 
 
 def training_step(

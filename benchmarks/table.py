@@ -14,12 +14,14 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from benchmarks.bench_loss import FLOOR_SIZE
+from benchmarks.bench_loss import FLOOR_SIZE, PEERS
 from benchmarks.memory import measure_all
 from benchmarks.peers import product_flops
 from benchmarks.record import environment
 
 OURS, FLOOR = "gcl_kernels", "matrix product"
+
+NAMES = {"gcl": "`gcl_loss`", "fused": "`gcl_loss`, fused by addition", "clip": "`clip_loss`"}
 
 
 def rows_of(benchmarks: list[dict]) -> list[dict]:
@@ -48,7 +50,7 @@ def rows_of(benchmarks: list[dict]) -> list[dict]:
 
 def markdown(rows: list[dict], memory: list[dict]) -> str:
     """Both tables as Markdown."""
-    peers = ["dense eager", "dense torch.compile", "chunked checkpoint", "open_clip ClipLoss"]
+    peers = [peer for peer in PEERS if peer not in (OURS, FLOOR)]
     lines = [
         "| loss | N | D | ours, ms | " + " | ".join(peers) + " | efficiency |",
         "|---|---|---|---|" + "---|" * (len(peers) + 1),
@@ -56,9 +58,8 @@ def markdown(rows: list[dict], memory: list[dict]) -> str:
     for row in rows:
         cells = [f"{row[peer]:.2f} x" if peer in row else "" for peer in peers]
         cells.append(f"{row['efficiency']:.2f}" if "efficiency" in row else "")
-        name = f"{row['task']}_loss"
         lines.append(
-            f"| `{name}` | {row['n']} | {row['d']} | {row['milliseconds']:.1f} | "
+            f"| {NAMES[row['task']]} | {row['n']} | {row['d']} | {row['milliseconds']:.1f} | "
             + " | ".join(cells) + " |"
         )  # fmt: skip
     lines += ["", "| peak memory beyond inputs and gradients | N | D | MB |", "|---|---|---|---|"]

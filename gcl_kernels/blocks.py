@@ -10,6 +10,7 @@ Pure integer arithmetic: no tensors, no device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -76,7 +77,11 @@ def _cut(start: int, stop: int, block_rows: int) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=256)
 def plan_blocks(
-    num_samples: int, candidates: BoolTable, block_rows: int, per_view: bool = False
+    num_samples: int,
+    candidates: BoolTable,
+    block_rows: int,
+    per_view: bool = False,
+    halve_diagonal: bool = False,
 ) -> tuple[Block, ...]:
     """The blocks to visit, in the order in which their results are accumulated.
 
@@ -85,6 +90,9 @@ def plan_blocks(
         candidates: V x V; a pair of views of which neither is the other's candidate is skipped.
         block_rows: the largest number of rows, and of columns, of a block.
         per_view: cut at view boundaries even where every view is every other's candidate.
+        halve_diagonal: of several, cut blocks on the diagonal into two of half the side and the
+            one between them: for backends that compute both equal halves of a block on the
+            diagonal, a quarter of its product less.
     """
     num_views = len(candidates)
     if all(all(row) for row in candidates) and not per_view:
@@ -96,24 +104,31 @@ def plan_blocks(
         table = candidates
     cuts = [_cut(start, stop, block_rows) for start, stop in segments]
     blocks = []
+
+    def visit(rows: tuple[int, int], cols: tuple[int, int], a: int, m: int) -> None:
+        blocks.append(
+            Block(
+                *rows,
+                *cols,
+                serves_rows=table[a][m],
+                serves_cols=table[m][a],
+                diagonal=rows == cols,
+                same_sample_offsets=_same_sample_offsets(*rows, *cols, num_samples),
+            )
+        )
+
     for a in range(len(segments)):
-        for i, (row_start, row_stop) in enumerate(cuts[a]):
+        for i, rows in enumerate(cuts[a]):
             for m in range(a, len(segments)):
                 if not (table[a][m] or table[m][a]):
                     continue
-                for col_start, col_stop in cuts[m][i if m == a else 0 :]:
-                    blocks.append(
-                        Block(
-                            row_start,
-                            row_stop,
-                            col_start,
-                            col_stop,
-                            serves_rows=table[a][m],
-                            serves_cols=table[m][a],
-                            diagonal=row_start == col_start,
-                            same_sample_offsets=_same_sample_offsets(
-                                row_start, row_stop, col_start, col_stop, num_samples
-                            ),
-                        )
-                    )
+                for cols in cuts[m][i if m == a else 0 :]:
+                    if rows == cols and halve_diagonal and len(cuts[a]) > 1:
+                        half = (rows[1] - rows[0]) / (2 * ROW_MULTIPLE)
+                        halves = _cut(*rows, math.ceil(half) * ROW_MULTIPLE)
+                        for h, first in enumerate(halves):
+                            for second in halves[h:]:
+                                visit(first, second, a, a)
+                    else:
+                        visit(rows, cols, a, m)
     return tuple(blocks)

@@ -6,10 +6,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from gcl_kernels.backends import reference, tiled, triton
+from gcl_kernels import embeddings
+from gcl_kernels.backends import cpu, reference, tiled, triton
 from gcl_kernels.spec import check_choice
 
 ENVIRONMENT_VARIABLE = "GCL_KERNELS_BACKEND"
@@ -24,19 +26,39 @@ class Backend:
         module: its block functions (``reference`` has none: it is dense).
         why_unavailable: None where it can run on this machine, else the reason.
         why_not: None where it serves tensors of this device and compute dtype, else the reason.
+        halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
+            plan then cuts these blocks finer.
+        embed, embed_backward, embed_fused, fused_gradients: the O(M D) side of its problems:
+            PyTorch's, or its own.
     """
 
     module: ModuleType
     why_unavailable: Callable[[], str | None]
     why_not: Callable[[torch.device, torch.dtype], str | None]
+    halves_diagonal: bool = False
+    embed: Callable[..., Any] = embeddings.embed
+    embed_backward: Callable[..., Any] = embeddings.embed_backward
+    embed_fused: Callable[..., Any] = embeddings.embed_fused
+    fused_gradients: Callable[..., Any] = embeddings.fused_gradients
 
 
 BACKENDS: dict[str, Backend] = {
-    module.__name__.rpartition(".")[2]: Backend(module, module.why_unavailable, module.why_not)
-    for module in (reference, tiled, triton)
+    "reference": Backend(reference, reference.why_unavailable, reference.why_not),
+    "tiled": Backend(tiled, tiled.why_unavailable, tiled.why_not, True),
+    "cpu": Backend(
+        cpu,
+        cpu.why_unavailable,
+        cpu.why_not,
+        True,
+        cpu.embed,
+        cpu.embed_backward,
+        cpu.embed_fused,
+        cpu.fused_gradients,
+    ),
+    "triton": Backend(triton, triton.why_unavailable, triton.why_not),
 }
 
-_PREFERENCE = {"cuda": ("triton",)}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
 """What ``auto`` tries on a type of device, in this order, before ``tiled``, which serves all."""
 
 

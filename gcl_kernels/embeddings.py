@@ -154,3 +154,96 @@ def embed_backward(
         for part, view, needs in zip(hz.unbind(0), views, needs_grad, strict=True)
     ]
     return grads, inner.sum()
+
+
+def embed_fused(
+    views: Sequence[Tensor],
+    mixing: Tensor,
+    bases: Sequence[int],
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    accum_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The two base embeddings of score fusion, and how the views are made of them.
+
+    Args:
+        views: the bases, [N, D] each.
+        mixing: [V, 2], see ``score_fusion``.
+        bases: for each view the base that it is, or -1.
+
+    Returns:
+        ``z`` [2, N, D]; the bases' ``1 / max(|e|, eps)`` [2, N] and the V views' lengths [V, N]
+        (both empty without ``normalize``); ``coefficients`` [V, 2, N], zero for a combination
+        of length zero; ``dots`` [2, 2, N], the bases' own-sample similarities.
+    """
+    num_samples, dim = views[0].shape
+    device, num_views = views[0].device, len(bases)
+    z = torch.empty(2, num_samples, dim, dtype=compute_dtype, device=device)
+    dots = torch.empty(2, 2, num_samples, dtype=accum_dtype, device=device)
+    inverse = dots.new_empty((2, num_samples) if normalize else 0)
+    lengths = dots.new_empty((num_views, num_samples) if normalize else 0)
+    for rows in _chunks(num_samples, dim, device):
+        part = torch.stack([view[rows].to(accum_dtype) for view in views])
+        if normalize:
+            norm = torch.linalg.vector_norm(part, dim=-1)
+            for v, base in enumerate(bases):
+                if base < 0:
+                    # From the sum itself: its length by the law of cosines would cancel.
+                    mixed = part[0] * mixing[v, 0] + part[1] * mixing[v, 1]
+                    lengths[v, rows] = torch.linalg.vector_norm(mixed, dim=-1)
+                else:
+                    lengths[v, rows] = norm[base]
+            inverse[:, rows] = _inverse_norm(norm)
+            part.mul_(inverse[:, rows].unsqueeze(-1))
+        else:
+            part.add_(part, alpha=0)
+        z[:, rows] = part
+        for b, c in ((0, 0), (0, 1), (1, 1)):
+            torch.sum(part[b] * part[c], -1, out=dots[b, c, rows])
+    dots[1, 0] = dots[0, 1]
+    return z, inverse, lengths, _coefficients(mixing, bases, inverse, lengths, num_samples), dots
+
+
+def _coefficients(
+    mixing: Tensor, bases: Sequence[int], inverse: Tensor, lengths: Tensor, num_samples: int
+) -> Tensor:
+    """``k_vb = mixing[v,b] |e_b| / |e_v|``; of a base, one and zero."""
+    coefficients = mixing.unsqueeze(-1).repeat(1, 1, num_samples)
+    if lengths.numel():
+        for v, base in enumerate(bases):
+            if base < 0:
+                coefficients[v] /= inverse * lengths[v]
+                # A zero vector's are zero; a length of NaN is none.
+                coefficients[v].masked_fill_(lengths[v] <= NORM_EPS, 0)
+    return coefficients
+
+
+def fused_gradients(
+    views: Sequence[Tensor],
+    normalize: bool,
+    z: Tensor,
+    inverse: Tensor,
+    r: Tensor,
+    towards: Tensor,
+    scale: Tensor,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    """``1/|e_b| (s R_b + sum_c towards[b, c] z_c)`` for each base that needs it (others: empty).
+
+    ``r`` [2, N, D] is in the accumulation dtype and is overwritten.
+    """
+    _, num_samples, dim = z.shape
+    for rows in _chunks(num_samples, dim, z.device):
+        exact = _unrounded(views, z, inverse, normalize, rows, r.dtype)
+        for b in range(2):
+            if not needs_grad[b]:
+                continue
+            grad = r[b, rows].mul_(scale)
+            for c in range(2):
+                grad.addcmul_(towards[b, c, rows].unsqueeze(-1), exact[c])
+            if normalize:
+                grad.mul_(inverse[b, rows].unsqueeze(-1))
+    return [
+        part.to(view.dtype, copy=True) if needs else part.new_empty(0)
+        for part, view, needs in zip(r.unbind(0), views, needs_grad, strict=True)
+    ]

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcl_kernels.negatives import ABSENT, negatives, prepare
+from gcl_kernels.negatives import negatives, prepare
+from gcl_kernels.operators import ABSENT
+from gcl_kernels.score_fusion import fused_negatives
 from gcl_kernels.spec import (
     DEFAULT_TEMPERATURE,
     LossSpec,
     check_views,
     make_loss_spec,
-    resolve_dtypes,
 )
 
 
@@ -49,12 +50,15 @@ def _per_sample_loss(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Ten
         competes = [
             [spec.candidates[a][b] and (a != b or keeps_self) for b in views] for a in views
         ]
-        terms = own_logits
-        if not all(competes[a][b] or (a == b and not keeps_self) for a in views for b in views):
+        if all(competes[a][b] or (a == b and not keeps_self) for a in views for b in views):
+            # Without the negatives' own entry, whose weight is zero and which may be -inf.
+            terms = torch.cat([neg_lse.unsqueeze(1), own_logits], 1)
+            log_ratio = terms.log_softmax(1)[:, 1:]
+        else:
             mask = ~_table(competes, torch.bool, device).unsqueeze(-1)
-            terms = own_logits.masked_fill(mask, ABSENT)
-        log_den = torch.cat([neg_lse.unsqueeze(1), terms], 1).logsumexp(1)
-        return (weights.sum(1) * log_den).sum(0) - (weights * own_logits).sum((0, 1))
+            terms = torch.cat([neg_lse.unsqueeze(1), own_logits.masked_fill(mask, ABSENT)], 1)
+            log_ratio = own_logits - terms.logsumexp(1, keepdim=True)
+        return -(weights * log_ratio).sum((0, 1))
     # No other positive in the denominator: log(1 + exp d), d = log(den - own term) - x. Its
     # gradient keeps full relative precision where the batch is nearly solved.
     rest = neg_lse
@@ -90,7 +94,10 @@ def _loss(
         compute_dtype,
         backend,
     )
-    neg_lse, own_logits = negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec)
+    return _reduce(*negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec), spec)
+
+
+def _reduce(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
     loss = _per_sample_loss(neg_lse, own_logits, spec)
     if spec.reduction == "mean":
         return loss.mean()
@@ -151,6 +158,24 @@ def _fuse(e_i: Tensor, e_t: Tensor, weights: Sequence[float | Tensor]) -> Tensor
     return alpha * e_i.to(dtype) + beta * e_t.to(dtype)
 
 
+def _mixing(weights: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What image, text and fused embeddings are made of: [3, 2]."""
+    if not any(isinstance(weight, Tensor) for weight in weights):
+        if device.type == "cpu":
+            return torch.tensor([[1, 0], [0, 1], weights], dtype=dtype)
+    one, zero = (
+        torch.ones((), dtype=dtype, device=device),
+        torch.zeros((), dtype=dtype, device=device),
+    )
+    alpha, beta = (
+        weight.reshape(()).to(dtype)
+        if isinstance(weight, Tensor)
+        else torch.full((), weight, dtype=dtype, device=device)
+        for weight in weights
+    )
+    return torch.stack([one, zero, zero, one, alpha, beta]).view(3, 2)
+
+
 def _check_fusion_weights(weights: Any, device: torch.device | None = None) -> None:
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         raise ValueError(f"fusion_weights: expected two numbers or tensors, got {weights!r}")
@@ -180,23 +205,39 @@ def _gcl(
     compute_dtype: torch.dtype | None,
     backend: str,
 ) -> Tensor:
-    if e_it is None:
-        check_views((e_i, e_t), ("e_i", "e_t"))
-        _check_fusion_weights(fusion_weights, e_i.device)
-        # The fused view is float32 at least; it must not raise the dtype of the products.
-        compute_dtype = resolve_dtypes(compute_dtype, (e_i, e_t))[0]
-        e_it = _fuse(e_i, e_t, fusion_weights)
-    else:
+    if e_it is not None:
         check_views((e_i, e_t, e_it), ("e_i", "e_t", "e_it"))
-    return _loss(
-        (e_i, e_t, e_it),
-        spec,
+        return _loss(
+            (e_i, e_t, e_it),
+            spec,
+            logit_scale,
+            temperature,
+            normalize,
+            sample_ids,
+            compute_dtype,
+            backend,
+        )
+    check_views((e_i, e_t), ("e_i", "e_t"))
+    _check_fusion_weights(fusion_weights, e_i.device)
+    scale, negatives_spec = prepare(
+        (e_i, e_t),
+        spec.candidates,
         logit_scale,
         temperature,
         normalize,
         sample_ids,
         compute_dtype,
         backend,
+    )
+    if negatives_spec.backend == "reference":
+        views = (e_i, e_t, _fuse(e_i, e_t, fusion_weights))
+        return _reduce(*negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec), spec)
+    mixing = _mixing(fusion_weights, negatives_spec.accum_dtype, e_i.device)
+    return _reduce(
+        *fused_negatives(
+            e_i, e_t, mixing, (0, 1, None), scale, sample_ids, spec.own_pairs, negatives_spec
+        ),
+        spec,
     )
 
 

@@ -26,7 +26,18 @@ from torch import Tensor
 from gcl_kernels.backends import reference
 from gcl_kernels.blocks import Block, plan_blocks
 from gcl_kernels.dispatch import BACKENDS, resolve_backend
-from gcl_kernels.embeddings import embed, embed_backward
+from gcl_kernels.operators import (
+    ABSENT,
+    LIBRARY,
+    OwnPairs,
+    known_scale,
+    mark_absent_,
+    refuse_double_backward,
+    subtractable,
+    unflatten,
+    unwatched,
+    weight_unit,
+)
 from gcl_kernels.problem import Problem, Workspace, add_product, product
 from gcl_kernels.spec import (
     BoolTable,
@@ -38,12 +49,6 @@ from gcl_kernels.spec import (
     resolve_scale,
 )
 
-OwnPairs = tuple[tuple[int, int], ...]
-
-ABSENT = -1e38
-"""The own-sample logit of a pair that was not asked for: exp is zero, and unlike -inf it may be
-multiplied by a zero weight and leaves every logsumexp a finite term."""
-
 
 def _make_problem(
     z: Tensor,
@@ -54,32 +59,26 @@ def _make_problem(
     kept: Tensor | None,
 ) -> Problem:
     rows = z.flatten(0, 1)
-    if max_scale is None and scale.device.type == "cpu":
-        # The operator's body runs on the CPU here: it reads an operand where it lies, and there is
-        # no device to wait for. Elsewhere the value stays unknown to the host.
-        max_scale = float(scale)
+    max_scale = known_scale(scale, max_scale)
     ids = None if sample_ids is None else sample_ids.repeat(z.shape[0])
     return Problem(rows, rows, ids, ids, scale, max_scale, normalize, kept)
 
 
-def _unflatten(flat: Sequence[Any], width: int) -> tuple[tuple[Any, ...], ...]:
-    return tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
-
-
 def _plan(
-    module: ModuleType,
+    backend: str,
     problem: Problem,
     num_samples: int,
     candidates: list[bool],
     num_views: int,
     per_view: bool,
 ) -> tuple[Block, ...]:
-    table = _unflatten(candidates, num_views)
-    plan = plan_blocks(num_samples, table, module.block_rows(problem), per_view)
+    table = unflatten(candidates, num_views)
+    rows, halve = BACKENDS[backend].module.block_rows(problem), BACKENDS[backend].halves_diagonal
+    plan = plan_blocks(num_samples, table, rows, per_view, halve)
     if problem.kept is not None and len(plan) > 1:
         # The backward pass finds kept tiles where the forward pass left them: one plan for both,
         # and it is cut by views because frozen views need that.
-        plan = plan_blocks(num_samples, table, module.block_rows(problem), True)
+        plan = plan_blocks(num_samples, table, rows, True, halve)
     return plan
 
 
@@ -95,8 +94,10 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, ...]:
     module = BACKENDS[backend].module
-    pairs = _unflatten(own_pairs, 2)
-    z, norm, inverse, own = embed(views, pairs, normalize, compute_dtype, scale.dtype)
+    pairs = unflatten(own_pairs, 2)
+    z, norm, inverse, own = BACKENDS[backend].embed(
+        views, pairs, normalize, compute_dtype, scale.dtype
+    )
     num_views, num_samples, _ = z.shape
     num_rows = num_views * num_samples
     # Zeros: the loop does not visit all of it, and an operator's result must not be left to chance.
@@ -104,17 +105,13 @@ def _forward(
     problem = _make_problem(
         z, scale, sample_ids, max_scale, normalize, kept if kept.numel() else None
     )
-    plan = _plan(module, problem, num_samples, candidates, num_views, per_view=False)
+    plan = _plan(backend, problem, num_samples, candidates, num_views, per_view=False)
     workspace = Workspace(z.device, plan)
     stats = module.start_stats(problem)
     for block in plan:
         module.block_stats(problem, block, stats, stats, workspace)
     neg_lse = stats.sum.log_().add_(stats.max).view(num_views, num_samples)
-    own_logits = own * scale
-    for a in range(num_views):
-        for b in range(num_views):
-            if (min(a, b), max(a, b)) not in pairs:
-                own_logits[a, b].fill_(ABSENT)
+    own_logits = mark_absent_(own * scale, pairs)
     return neg_lse, own_logits, z, norm, inverse, own, kept
 
 
@@ -130,12 +127,8 @@ def _matrix_gradient(
     """``H z`` [M, D], and the share of ``dL/ds`` that half of ``<z, H z>`` leaves out."""
     *needs_view, needs_scale = needs_grad
     needs_all = all(needs_view)
-    unit = None
-    if problem.compute_dtype == torch.float16:
-        # Weights are about 1 / M^2; below 6e-8 float16 has no numbers. At most 2 * 2^10 is far
-        # below its largest.
-        unit = grad.abs().amax().mul_(2**-10)
-        unit = torch.where(unit > 0, unit, 1.0)
+    unit = weight_unit(grad, problem.compute_dtype)
+    if unit is not None:
         grad = grad / unit
     hz = torch.zeros_like(problem.z_rows, dtype=problem.accum_dtype)
     grad_scale = problem.scale.new_zeros(())
@@ -194,15 +187,13 @@ def _backward(
     problem = _make_problem(
         z, scale, sample_ids, max_scale, normalize, kept if kept.numel() else None
     )
-    plan = _plan(module, problem, num_samples, candidates, num_views, per_view=not needs_all)
-    lse = neg_lse.flatten()
-    # exp(x - inf) = 0: a row without a negative has no weights, whatever the masked x is.
-    lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+    plan = _plan(backend, problem, num_samples, candidates, num_views, per_view=not needs_all)
+    lse = subtractable(neg_lse.flatten())
     grad = grad_neg_lse.flatten().contiguous()
     hz, grad_scale = _matrix_gradient(module, problem, plan, lse, grad, needs_grad, num_samples)
     if needs_scale:
         grad_scale += (grad_own_logits * own).sum()
-    grads, inner = embed_backward(
+    grads, inner = BACKENDS[backend].embed_backward(
         views,
         normalize,
         z,
@@ -218,24 +209,23 @@ def _backward(
     return [*grads, grad_scale]
 
 
-_LIBRARY = torch.library.Library("gcl_kernels", "DEF")
-_LIBRARY.define(
+LIBRARY.define(
     "neg_lse(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, int[] own_pairs, "
     "bool normalize, float? max_scale, ScalarType compute_dtype, str backend) "
     "-> (Tensor neg_lse, Tensor own_logits, Tensor z, Tensor norm, "
     "Tensor inverse, Tensor own, Tensor kept)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "neg_lse_backward(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, "
     "bool normalize, float? max_scale, str backend, Tensor z, Tensor norm, Tensor inverse, "
     "Tensor own, Tensor kept, Tensor neg_lse, Tensor grad_neg_lse, Tensor grad_own_logits, "
     "bool[] needs_grad) -> Tensor[]"
 )
-_LIBRARY.impl("neg_lse", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("neg_lse_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("neg_lse", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("neg_lse_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("gcl_kernels::neg_lse", lib=_LIBRARY)
+@torch.library.register_fake("gcl_kernels::neg_lse", lib=LIBRARY)
 def _forward_fake(
     views: Sequence[Tensor],
     scale: Tensor,
@@ -258,7 +248,7 @@ def _forward_fake(
     return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept
 
 
-@torch.library.register_fake("gcl_kernels::neg_lse_backward", lib=_LIBRARY)
+@torch.library.register_fake("gcl_kernels::neg_lse_backward", lib=LIBRARY)
 def _backward_fake(views: Sequence[Tensor], scale: Tensor, *others: Any) -> list[Tensor]:
     needs_grad = others[-1]
     grads = [
@@ -268,13 +258,7 @@ def _backward_fake(views: Sequence[Tensor], scale: Tensor, *others: Any) -> list
     return [*grads, scale.new_empty(())]
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "gcl_kernels: the gradient of the gradient exists with backend='reference' only"
-    )
-
-
-torch.library.register_autograd("gcl_kernels::neg_lse_backward", _no_double_backward, lib=_LIBRARY)
+refuse_double_backward("neg_lse_backward")
 
 
 class NegLSE(torch.autograd.Function):
@@ -293,7 +277,10 @@ class NegLSE(torch.autograd.Function):
         scale: Tensor,
         *views: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        neg_lse, own_logits, z, norm, inverse, own, kept = torch.ops.gcl_kernels.neg_lse(
+        operator = torch.ops.gcl_kernels.neg_lse
+        if unwatched(scale, sample_ids, *views):
+            operator = _forward
+        neg_lse, own_logits, z, norm, inverse, own, kept = operator(
             views,
             scale,
             sample_ids,
@@ -314,7 +301,10 @@ class NegLSE(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         sample_ids, scale, z, norm, inverse, own, kept, neg_lse, *views = ctx.saved_tensors
         needs_grad = [*ctx.needs_input_grad[8:], ctx.needs_input_grad[7]]
-        *grads, grad_scale = torch.ops.gcl_kernels.neg_lse_backward(
+        operator = torch.ops.gcl_kernels.neg_lse_backward
+        if unwatched(grad_neg_lse, grad_own_logits, scale, *views):
+            operator = _backward
+        *grads, grad_scale = operator(
             views,
             scale,
             sample_ids,

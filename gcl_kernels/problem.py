@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gcl_kernels.blocks import Block
-from gcl_kernels.spec import HALF_DTYPES
+from gcl_kernels.spec import HALF_DTYPES, BoolTable
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,69 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class FusedProblem:
+    """The inputs of a pass over views that are linear combinations of two base embeddings.
+
+        z_v^j = sum_b coefficients[v, b, j] z_b^j           x(v,j; w,k) = s <z_v^j, z_w^k>
+
+    One block is over samples ``J x K``; its four products ``y_bc = <z_b^j, z_c^k>`` give the logits
+    of all V x V pairs of views.
+
+    Attributes:
+        z_rows, z_cols: base embeddings [2, N, D] in the compute dtype, contiguous.
+        coefficients_rows, coefficients_cols: [V, 2, N] in the accumulation dtype, contiguous.
+        bases: for each view the base that it is (its coefficients are one and zero), or None.
+        candidates: V x V, ``[v][w]``: the other samples of view w are negatives of view v.
+        ids_rows, ids_cols: sample ids [N], or None for the default ids.
+        scale, max_scale, unit_rows: as in :class:`Problem`; ``unit_rows`` speaks of the V views.
+    """
+
+    z_rows: Tensor
+    z_cols: Tensor
+    coefficients_rows: Tensor
+    coefficients_cols: Tensor
+    bases: tuple[int | None, ...]
+    candidates: BoolTable
+    ids_rows: Tensor | None
+    ids_cols: Tensor | None
+    scale: Tensor
+    max_scale: float | None
+    unit_rows: bool
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.z_rows.dtype
+
+    @property
+    def accum_dtype(self) -> torch.dtype:
+        return self.scale.dtype
+
+
+MAX_BOUNDED_SCALE = 40.0
+"""exp(-2 s) and exp(2 s) stay normal float32 numbers (e^-87 to e^88) with room for the sums."""
+
+
+def bounded(problem: Problem | FusedProblem) -> bool:
+    """Whether ``|x| <= s`` is known on the host, and ``exp(+-2 s)`` is harmless: ``s`` may then
+    stand for every maximum."""
+    scale = problem.max_scale
+    return problem.unit_rows and scale is not None and 0 <= scale <= MAX_BOUNDED_SCALE
+
+
+@dataclass(frozen=True)
 class RowStats:
-    """Running statistics of rows: ``sum`` is that of exp(x - ``max``) over the logits so far."""
+    """Running statistics of rows: ``sum`` is that of exp(x - ``max``) over the logits so far.
+
+    Both [M], or [V, N] of a :class:`FusedProblem`.
+    """
 
     max: Tensor
     sum: Tensor
+
+
+PITCH_MULTIPLE = 16
+"""Rows of a tile start at multiples of this many elements, 32 bytes of a half type: vector stores
+and cuBLAS want aligned rows, and the last block's width may be any number."""
 
 
 class Workspace:
@@ -63,15 +121,25 @@ class Workspace:
 
     def __init__(self, device: torch.device, plan: Sequence[Block]) -> None:
         self._device = device
-        self._elements = max((math.prod(block.shape) for block in plan), default=0)
+        self._elements = max(
+            (rows * _pitch(cols) for rows, cols in (b.shape for b in plan)), default=0
+        )
         self._slots: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def tile(self, slot: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def tile(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tile of this shape, a block's after any leading dimensions, rows aligned."""
+        *leading, rows, cols = shape
+        count, pitch = math.prod(leading), _pitch(cols)
         buffer = self._slots.get((slot, dtype))
         if buffer is None:
-            buffer = torch.empty(self._elements, dtype=dtype, device=self._device)
+            buffer = torch.empty(count * self._elements, dtype=dtype, device=self._device)
             self._slots[slot, dtype] = buffer
-        return buffer[: math.prod(shape)].view(shape)
+        padded = buffer[: count * rows * pitch].view(*leading, rows, pitch)
+        return padded[..., :cols]
+
+
+def _pitch(cols: int) -> int:
+    return -(-cols // PITCH_MULTIPLE) * PITCH_MULTIPLE
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -87,3 +155,15 @@ def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
     else:
         accumulator.addmm_(a, b)
+
+
+def fused_products(problem: FusedProblem, block: Block, workspace: Workspace) -> Tensor:
+    """``y_bc = <z_b^j, z_c^k>`` of a block over samples: [2, 2, P, Q], in workspace slot 0."""
+    y = workspace.tile(0, (2, 2, *block.shape), problem.accum_dtype)
+    for b in range(2):
+        for c in range(2):
+            if block.diagonal and b > c:
+                y[b, c].copy_(y[c, b].t())
+            else:
+                product(problem.z_rows[b, block.rows], problem.z_cols[c, block.cols].t(), y[b, c])
+    return y

@@ -10,7 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from gcl_kernels.backends import tiled
+from gcl_kernels.backends import cpu, tiled
 from gcl_kernels.dispatch import BACKENDS
 
 AVAILABLE = [name for name, row in BACKENDS.items() if row.why_unavailable() is None]
@@ -43,6 +43,10 @@ def float64_backend(backend: str, device: torch.device) -> str:
 def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of at most 16 rows, recomputed in the backward pass: many tiles from few samples."""
     monkeypatch.setattr(tiled, "BLOCK_ROWS", {"default": 16})
+    monkeypatch.setattr(tiled, "FUSED_BLOCK_ROWS", {"default": 16})
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(cpu, "FUSED_BLOCK_ROWS", 16)
+    monkeypatch.setattr(cpu, "KEPT_ELEMENTS", 0)
     monkeypatch.setattr(tiled, "KEPT_ELEMENTS", 0)
 
 

@@ -27,21 +27,138 @@ def test_peers_agree(task):
 
 def test_report_runs_and_refuses_without_a_gpu(tmp_path: Path, capsys):
     path = tmp_path / "report.json"
-    assert gpu_report.main(["--device", "cpu", "--quick", "--out", str(path)]) == 0
+    arguments = ["--device", "cpu", "--quick", "--out", str(path)]
+    assert gpu_report.main(arguments) == 0
     data = json.loads(path.read_text())
     assert data["parity"]["passed"] and data["environment"]["torch"] == torch.__version__
-    assert {"floor_tflops", "speed", "graph", "limit"} <= data.keys()
-    assert "tiled" in data["speed"][0]["peers"]
+    assert {"floor_tflops", *gpu_report.PARTS, "targets"} <= data.keys()
+    assert {row["task"] for row in data["speed"]} == set(gpu_report.TASKS)
+    for row in data["speed"]:
+        measured = row["peers"]["tiled"]
+        assert measured["both_ms"] == measured["forward_ms"] + measured["backward_ms"] > 0
+        assert measured["efficiency"] > 0
+    assert all(row["two_runs_equal"] for row in data["graph"])
+    dense, *backends = data["training"]
+    for row in backends:
+        assert row["losses"] == pytest.approx(dense["losses"], rel=0.02), row["backend"]
+    assert "skipped" not in data
     if not torch.cuda.is_available():
         assert gpu_report.main(["--quick", "--out", str(path)]) == 2
         assert "expected a CUDA device" in capsys.readouterr().err
 
 
 def test_report_gives_no_speed_while_parity_fails(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(gpu_report, "PARITY", ["no_such_test.py"])
+    monkeypatch.setattr(gpu_report, "QUICK_PARITY", ["no_such_test.py"])
     path = tmp_path / "report.json"
     assert gpu_report.main(["--device", "cpu", "--quick", "--out", str(path)]) == 1
     assert "speed" not in json.loads(path.read_text())
+
+
+def make_report(path: Path, seconds: float, clock=lambda: 0.0) -> gpu_report.Report:
+    return gpu_report.Report(path, "cpu", True, gpu_report.Deadline(seconds, clock))
+
+
+def test_what_no_longer_fits_the_time_is_skipped_and_recorded(tmp_path: Path):
+    report = make_report(tmp_path / "report.json", 100.0)
+    report.data["floor_tflops"] = {"float32": 1.0, "bfloat16": 1.0}
+    report.reserve = 90.0
+    assert report.allows("speed", "small", 10.0)
+    assert not report.allows("speed", "large", 10.5)
+    assert report.data["skipped"] == ["speed: large (up to 10 s, 10 s left)"]
+    report.reserve = 99.0
+    assert gpu_report.speed(report)[0]["peers"] == {}
+    skipped = json.loads(report.path.read_text())["skipped"]
+    assert len(skipped) > 5 and any("tiled" in entry for entry in skipped)
+
+
+def test_guesses_grow_with_the_work(tmp_path: Path):
+    report = make_report(tmp_path / "report.json", 100.0)
+    report.data["floor_tflops"] = {"bfloat16": 700.0}
+    task = gpu_report.TASKS["gcl"]
+    small, large = (
+        gpu_report.expected_seconds(report, task, n, 768, "bfloat16", "ours") for n in (4096, 65536)
+    )
+    assert small < 5 < large < 60
+    assert [gpu_report.repeats(first, 0.4) for first in (1e-4, 0.02, 5.0)] == [50, 20, 2]
+
+
+def test_the_full_report_measures_every_size_once_and_the_targets_first():
+    cases = gpu_report.speed_cases(quick=False)
+    assert len(cases) == len(set(cases))
+    for task in gpu_report.TASKS:
+        for n in gpu_report.SIZES:
+            for d in gpu_report.DIMS:
+                assert (task, n, d, "bfloat16") in cases
+        assert any(case[0] == task and case[3] == "float32" for case in cases)
+    assert cases[0] == ("gcl", 32768, 768, "bfloat16")
+
+
+def test_a_record_is_continued_for_the_same_commit_and_machine_only(tmp_path: Path):
+    path = tmp_path / "report.json"
+    here = {"environment": {"commit": "abc", "gpu": "x"}, "device": "cuda", "quick": False}
+    assert gpu_report.continued(path, here) == here
+    path.write_text(json.dumps({**here, "floor_tflops": {"bfloat16": 1.0}, "skipped": ["a"]}))
+    assert gpu_report.continued(path, here) == {**here, "floor_tflops": {"bfloat16": 1.0}}
+    other = {**here, "environment": {"commit": "abd", "gpu": "x"}}
+    assert gpu_report.continued(path, other) == other
+    changed = {**here, "environment": {"commit": "abc+", "gpu": "x"}}
+    path.write_text(json.dumps(changed | {"speed": []}))
+    assert gpu_report.continued(path, changed) == changed
+
+
+def test_targets_are_judged_from_what_was_measured():
+    def row(n, ours, compiled, eager=None, efficiency=0.75):
+        peers = {"triton": {"both_ms": ours, "efficiency": efficiency}}
+        peers["dense torch.compile"] = {"both_ms": compiled}
+        if eager is not None:
+            peers["dense eager"] = {"both_ms": eager}
+        return {"task": "gcl", "n": n, "d": 768, "dtype": "bfloat16", "peers": peers}
+
+    data = {
+        "speed": [
+            row(256, 1.0, 0.5),
+            row(4096, 1.0, 3.0, 2.5),
+            row(32768, 1.0, 2.1, efficiency=0.6),
+        ],
+        "limit": [{"backend": "triton", "task": "gcl", "n": 131072, "peak_bytes": 2_200_000_000}],
+    }
+    judged = {row["what"]: row["met"] for row in gpu_report.targets(data)}
+    assert judged == {
+        "gcl N=32768: efficiency": False,
+        "gcl N=4096: efficiency": True,
+        "gcl N=4096: times dense eager": False,
+        "gcl N=32768: times dense torch.compile": True,
+        "gcl N=256: times dense torch.compile": False,
+        "gcl N=131072: peak bytes": True,
+    }
+    assert gpu_report.targets({}) == []
+
+
+def test_sanitizer_is_found_beside_nvcc_or_reported_missing(tmp_path: Path, monkeypatch):
+    def executable(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        path.chmod(0o755)
+
+    assert gpu_report.find_sanitizer(str(tmp_path)) is None
+    executable(tmp_path / "toolkit/bin/nvcc")
+    executable(tmp_path / "toolkit/compute-sanitizer/compute-sanitizer")
+    found = gpu_report.find_sanitizer(str(tmp_path / "toolkit/bin"))
+    assert found == str(tmp_path / "toolkit/compute-sanitizer/compute-sanitizer")
+    executable(tmp_path / "bin/compute-sanitizer")
+    assert gpu_report.find_sanitizer(str(tmp_path / "bin")) == str(
+        tmp_path / "bin/compute-sanitizer"
+    )
+    monkeypatch.setattr(gpu_report, "find_sanitizer", lambda: None)
+    report = make_report(tmp_path / "report.json", 100.0)
+    assert gpu_report.sanitizer(report) == "compute-sanitizer not found"
+
+
+def test_the_sanitized_step_runs_every_task():
+    gpu_report.small_step("tiled", "cpu")
+    command = gpu_report.sanitizer_command("memcheck", "/bin/tool", "tiled", "cpu")
+    assert command[:3] == ["/bin/tool", "--tool", "memcheck"]
+    compile(command[-1], "command", "exec")
 
 
 def test_table_takes_ratios_within_a_turn():

@@ -21,11 +21,12 @@ TABLES = [
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("per_view", [False, True])
-def test_every_needed_entry_is_visited_once(table, per_view):
+@pytest.mark.parametrize("halve", [False, True])
+def test_every_needed_entry_is_visited_once(table, per_view, halve):
     for n, block_rows in itertools.product([1, 2, 5, 16, 17, 33, 50], [16, 32, 64]):
         size = len(table) * n
         served = torch.zeros(size, size, dtype=torch.int)
-        for block in plan_blocks(n, table, block_rows, per_view):
+        for block in plan_blocks(n, table, block_rows, per_view, halve):
             assert 0 < block.shape[0] <= block_rows and 0 < block.shape[1] <= block_rows
             tile = torch.ones(block.shape, dtype=torch.int)
             for offset in block.same_sample_offsets:
@@ -52,6 +53,14 @@ def test_only_needed_blocks():
     assert len(plan_blocks(64, TABLES[0], 16)) == 12 * 13 // 2
     assert len(plan_blocks(5, TABLES[0], 16)) == 1
     assert len(plan_blocks(5, TABLES[4], 16)) == 3
+
+
+def test_halved_diagonal():
+    whole, halved = (plan_blocks(64, TABLES[0], 48, halve_diagonal=halve) for halve in (0, 1))
+    assert len(whole) == 4 * 5 // 2 and len(halved) == 4 * 3 + 6
+    covered = [sum(b.shape[0] * b.shape[1] for b in plan) for plan in (whole, halved)]
+    assert covered == [10 * 48**2, 10 * 48**2 - 4 * (16 * 32)]  # 48 is cut into 32 and 16
+    assert plan_blocks(5, TABLES[0], 16, halve_diagonal=True) == plan_blocks(5, TABLES[0], 16)
 
 
 def test_the_plan_is_stable():

@@ -13,10 +13,12 @@ LAYERS = [
     "spec",
     "blocks",
     "problem",
-    "backends",
     "embeddings",
+    "backends",
     "dispatch",
+    "operators",
     "negatives",
+    "score_fusion",
     "losses",
     "integrations",
 ]

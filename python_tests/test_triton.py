@@ -1,22 +1,32 @@
 """The Triton backend against dense float64, its geometry, and what it promises about bits.
 
-Kernels run on a GPU where there is one. Without one they run in Triton's interpreter, which has to
-be switched on before Triton is imported: ``test_in_the_interpreter`` starts this file once more,
-in a process of its own.
+Kernels run on a GPU where there is one. Without one they run in Triton's interpreter:
+``test_in_the_interpreter`` starts this file once more, in a process of its own.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
 import torch
+from interpreter import (
+    DEVICE,
+    HAS_TRITON,
+    INTERPRETED,
+    ROUNDING,
+    UNIT,
+    checked_memory,
+    error,
+    interpreted_bfloat16,
+    run_file,
+    runs,
+    starts,
+)
 from torch import Tensor
 
 import gcl_kernels
@@ -26,56 +36,12 @@ from gcl_kernels.blocks import Block, plan_blocks
 from gcl_kernels.problem import Problem, Workspace
 from gcl_kernels.spec import BoolTable
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-runs = pytest.mark.skipif(
-    not HAS_TRITON or not (INTERPRETED or torch.cuda.is_available()),
-    reason="needs Triton and a GPU; test_in_the_interpreter runs it without one",
-)
-UNIT = 2.0**-24
-ROUNDING = {
-    torch.float32: 0.0,
-    torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8,
-    torch.float16: 2.0**-11,
-}
-"""Largest relative error of rounding H to the compute dtype. The interpreter cuts bfloat16 off."""
+__all__ = ["interpreted_bfloat16"]  # a fixture of this module
 
 
-@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="is the one that starts it")
+@starts
 def test_in_the_interpreter():
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted_bfloat16() -> Iterator[None]:
-    """Triton 3.6 to 3.8 interpret a product of bfloat16 as one of the integers with its bits."""
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    create_dot = InterpreterBuilder.create_dot
-
-    def widened(operand: TensorHandle) -> TensorHandle:
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        bits = operand.data.astype(np.uint32) << 16
-        return TensorHandle(bits.view(np.float32), tl.float32)
-
-    def create_widened_dot(self, a, b, *others):
-        return create_dot(self, widened(a), widened(b), *others)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_dot", create_widened_dot)
-        yield
+    run_file(__file__)
 
 
 @pytest.fixture
@@ -231,6 +197,51 @@ if HAS_TRITON:
         tl.store(out + 3 * program + 1, col)
         tl.store(out + 3 * program + 2, masks.to(tl.int32))
 
+    @triton.jit
+    def order_kernel(
+        out, num_row_tiles, num_col_tiles, count, DIAGONAL: tl.constexpr, SIZE: tl.constexpr
+    ):  # fmt: skip
+        programs = tl.minimum(tl.arange(0, SIZE), count - 1)
+        row, col = tile_of(programs, num_row_tiles, num_col_tiles, DIAGONAL)
+        tl.store(out + 2 * programs, row)
+        tl.store(out + 2 * programs + 1, col)
+
+
+def visiting_order(num_row_tiles: int, num_col_tiles: int, diagonal: bool) -> Tensor:
+    """(row, column) of every program's tile [programs, 2]."""
+    count = tiles.num_tiles(num_row_tiles, num_col_tiles, diagonal, 1)
+    out = torch.full((count, 2), -1, dtype=torch.int32, device=DEVICE)
+    order_kernel[(1,)](
+        out, num_row_tiles, num_col_tiles, count, DIAGONAL=diagonal,
+        SIZE=triton.next_power_of_2(count),
+    )  # fmt: skip
+    return out.cpu()
+
+
+@runs
+def test_every_tile_has_one_program():
+    for rows in (*range(1, 35), 64):
+        for cols in (*range(1, 20), 33, 64):
+            visited = visiting_order(rows, cols, False)
+            assert sorted(map(tuple, visited.tolist())) == [
+                (r, c) for r in range(rows) for c in range(cols)
+            ]
+    for count in range(1, 70):
+        visited = visiting_order(count, count, True)
+        assert sorted(map(tuple, visited.tolist())) == [
+            (r, c) for r in range(count) for c in range(r, count)
+        ]
+
+
+@runs
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_programs_that_run_together_share_operands(diagonal):
+    visited = visiting_order(64, 64, diagonal)
+    for first in range(0, len(visited) - 132, 44):
+        rows, cols = visited[first : first + 132].unbind(1)
+        # Two groups of 8 rows where one ends; on a triangle, its upper and its lower part.
+        assert len(rows.unique()) + len(cols.unique()) <= 2 * (8 + 17) + diagonal * 18
+
 
 @runs
 def test_tiles_are_visited_once_and_masked_where_equal_ids_can_be():
@@ -355,12 +366,6 @@ def dense(
     lse = x.masked_fill(~mask, -torch.inf).logsumexp(1)
     weights = torch.where(mask, grad.to(dtype)[:, None] * (x - lse[:, None]).exp(), 0)
     return lse, weights + weights.T
-
-
-def error(value: Tensor, expected: Tensor) -> float:
-    difference = torch.where(value == expected, 0, value.double() - expected)  # also -inf
-    finite = expected.masked_fill(expected.isinf(), 0)
-    return float(difference.norm() / finite.norm().clamp_min(1e-30))
 
 
 def bound(case: Case, of_float32: float, dtype: torch.dtype) -> float:
@@ -496,6 +501,70 @@ def test_more_than_2_to_the_31_elements():
     x.fill_diagonal_(-torch.inf)
     lse = stats.sum[last].log() + stats.max[last]
     assert error(lse, x.logsumexp(1)) < 1e-5
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="watches the interpreter's memory")
+
+
+def run_both(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    problem = make_problem(case, dtype)
+    plan = plan_blocks(case.num_samples, case.candidates, case.block_rows)
+    maxima, sums = run_stats(problem, plan)
+    lse = torch.where(sums > 0, sums.log() + maxima, torch.inf)
+    return maxima, sums, run_weights(problem, plan, lse, torch.ones_like(lse))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_no_access_out_of_bounds_and_no_race(name, dtype):
+    plain = run_both(CASES[name], dtype)
+    for reverse in (False, True):
+        with checked_memory(reverse) as memory:
+            checked = run_both(CASES[name], dtype)
+        assert {"stats_kernel", "fold_kernel", "weights_kernel"} <= set(memory.launches)
+        for a, b in zip(plain, checked, strict=True):
+            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), "depends on the programs' order"
+
+
+if HAS_TRITON:
+
+    @triton.jit
+    def faulty_kernel(out, FAULT: tl.constexpr):
+        program = tl.program_id(0)
+        if FAULT == "bounds":
+            tl.store(out + 4 * program, 1.0)
+        elif FAULT == "writes":
+            tl.store(out, 1.0)
+        else:
+            tl.store(out + program, tl.load(out + 1))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("bounds", "outside"), ("writes", "two programs write"), ("reads", "another program writes")],
+)
+def test_the_memory_check_sees_faults(fault, message):
+    from triton.runtime.errors import InterpreterError
+
+    with checked_memory(), pytest.raises((AssertionError, InterpreterError), match=message):
+        faulty_kernel[(2,)](torch.zeros(3), FAULT=fault)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("loss", ["gcl", "clip"])
+def test_a_small_batch_is_one_block_and_three_launches(loss):
+    views = [torch.randn(70, 16, requires_grad=True) for _ in range(3 if loss == "gcl" else 2)]
+    function = gcl_kernels.gcl_loss if loss == "gcl" else gcl_kernels.clip_loss
+    with checked_memory() as memory:
+        function(*views, 20.0, backend="triton").backward()
+    assert memory.launches == ["stats_kernel", "fold_kernel", "weights_kernel"]
+    table = ((True,) * 3,) * 3 if loss == "gcl" else ((False, True), (True, False))
+    for num_samples in (1, 256, 1024, 2048):
+        assert len(plan_blocks(num_samples, table, backend.BLOCK_ROWS)) == 1
 
 
 # --- Losses, against the reference backend in float64 --------------------------------------------

@@ -12,7 +12,15 @@ import os
 import pytest
 import torch
 
-from benchmarks.kernels_report import Resources, Variant, inspect_all, table, variants
+from benchmarks.kernels_report import (
+    FOLDS,
+    TILE_KERNELS,
+    Resources,
+    Variant,
+    inspect_all,
+    table,
+    variants,
+)
 from gcl_kernels.backends.triton.tiles import CHIPS, KIB, TILES
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -30,16 +38,19 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-def chosen() -> list[Variant]:
+def worth_compiling(variant: Variant) -> bool:
     # Small tiles take the same bytes of either type, and blocks on the diagonal more than others.
-    kept = [
-        variant
-        for variant in variants()
-        if (variant.diagonal or variant.chip == "sm_90")
-        and not (variant.row == "small" and variant.dtype == torch.float32)
-    ]
+    if variant.row == "small" and variant.dtype == torch.float32:
+        return False
+    if variant.kernel.startswith("fused") and variant.dtype == torch.float32:
+        return variant.row == "fma" or variant.chip in ("sm_90", "gfx942")
+    return variant.diagonal or variant.chip == "sm_90"
+
+
+def chosen() -> list[Variant]:
+    kept = [variant for variant in variants() if worth_compiling(variant)]
     half = torch.bfloat16
-    for kernel in ("stats", "weights"):
+    for kernel in TILE_KERNELS:
         for chip in ("sm_80", "sm_90", "gfx942"):
             # A dimension that ends within a slice, and one whose rows are not aligned.
             kept.append(Variant(kernel, chip, "large", half, ids=True, dim=80))
@@ -58,23 +69,26 @@ def resources() -> dict[Variant, Resources]:
 
 def test_every_row_is_compiled():
     compiled = {(v.chip, v.row, v.kernel) for v in CHOSEN}
-    assert compiled >= {(*key, kernel) for key in TILES for kernel in ("stats", "weights")}
-    assert {v.chip for v in CHOSEN if v.kernel == "fold"} == set(CHIPS)
+    assert compiled >= {(*key, kernel) for key in TILES for kernel in TILE_KERNELS}
+    for kernel in FOLDS:
+        assert {v.chip for v in CHOSEN if v.kernel == kernel} == set(CHIPS)
 
 
 @pytest.mark.parametrize("variant", CHOSEN, ids=str)
 def test_resources(variant, resources):
-    used, chip, tile = resources[variant], CHIPS[variant.chip], TILES[variant.chip, variant.row]
+    used, chip, tile = resources[variant], CHIPS[variant.chip], variant.tile
     assert used.spill_bytes == 0
     assert used.registers <= 255
     assert used.shared_bytes <= chip.shared_bytes
-    assert used.exponentials > 0
-    if variant.kernel == "fold":
+    assert (used.exponentials > 0) == (variant.kernel != "inner")
+    if variant.kernel in FOLDS:
         return
     on_matrix_units = variant.row != "fma"
+    if (variant.chip, variant.row) == ("sm_90", "large"):
+        assert used.matrix <= 8, "few and wide: HGMMA, not HMMA"
     assert (used.matrix > 0) == on_matrix_units
     assert used.fma > 0 or on_matrix_units
-    if variant.kernel == "stats" and variant.dim % 16 == 0:
+    if variant.kernel in ("stats", "fused_stats") and variant.dim % 16 == 0:
         # The table's arithmetic, to which some chips add barriers or padding.
         assert used.shared_bytes <= tile.shared_bytes(chip) + 2 * KIB
 
@@ -85,6 +99,7 @@ def test_two_large_programs_share_the_registers_of_sm_90_off_the_diagonal(resour
         32 * TILES["sm_90", "large"].warps * used.registers
         for variant, used in resources.items()
         if (variant.chip, variant.row, variant.diagonal) == ("sm_90", "large", False)
+        and not variant.kernel.startswith("fused")
     ]
     assert len(checked) == 4, "stats and weights in bfloat16 and float16"
     assert all(2 * registers <= 65536 for registers in checked)

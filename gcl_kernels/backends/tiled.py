@@ -20,14 +20,23 @@ import torch
 from torch import Tensor
 
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import Problem, RowStats, Workspace, product
-
-MAX_BOUNDED_SCALE = 40.0
-"""exp(-2 s) and exp(2 s) stay normal float32 numbers (e^-87 to e^88) with room for the sums."""
+from gcl_kernels.problem import (
+    FusedProblem,
+    Problem,
+    RowStats,
+    Workspace,
+    bounded,
+    fused_products,
+    product,
+)
 
 BLOCK_ROWS = {"cpu": 384, "default": 4096}
 """Largest rows of a block. 384: the block's 0.6 MB stay in a core's L2 cache (1 MiB here), and the
 products already run at full rate, measured; 4096: fills a large GPU, workspace below 256 MiB."""
+
+FUSED_BLOCK_ROWS = {"cpu": 192, "default": 2048}
+"""Largest samples of a block's side in score fusion, which holds some twenty tiles: its workspace
+stays at 3 MB on a CPU and 340 MB on a GPU."""
 
 KEPT_ELEMENTS = 1024 * 1024
 """4 MiB of float32: at N <= 341 of three views the second product is a quarter to a third of all
@@ -54,12 +63,6 @@ def keeps_tiles(num_rows: int, num_cols: int) -> bool:
     return num_rows * num_cols <= KEPT_ELEMENTS
 
 
-def bounded(problem: Problem) -> bool:
-    """Whether ``|x| <= s`` is known on the host, and ``exp(+-2 s)`` is harmless."""
-    scale = problem.max_scale
-    return problem.unit_rows and scale is not None and 0 <= scale <= MAX_BOUNDED_SCALE
-
-
 def _tile(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
     if problem.kept is not None:
         return problem.kept[block.rows, block.cols]
@@ -67,7 +70,11 @@ def _tile(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
 
 
 def _mask_(
-    tile: Tensor, problem: Problem, block: Block, value: float, workspace: Workspace
+    tile: Tensor,
+    problem: Problem | FusedProblem,
+    block: Block,
+    value: float,
+    workspace: Workspace,
 ) -> None:
     """Write ``value`` where both embeddings carry one id: the mask rule."""
     if problem.ids_rows is None or problem.ids_cols is None:
@@ -92,14 +99,17 @@ def _compute_tile(problem: Problem, block: Block, workspace: Workspace) -> Tenso
     return tile
 
 
-def start_stats(problem: Problem) -> RowStats:
-    """The statistics of empty sets of logits, one for each row."""
-    num_rows = problem.z_rows.shape[0]
-    sums = problem.scale.new_zeros(num_rows)
+def _start(problem: Problem | FusedProblem, shape: tuple[int, ...]) -> RowStats:
+    sums = problem.scale.new_zeros(shape)
     if bounded(problem):
-        return RowStats(max=problem.scale.expand(num_rows), sum=sums)
+        return RowStats(max=problem.scale.expand(shape), sum=sums)
     # Finite, so that a row without any logit subtracts no infinities.
     return RowStats(max=torch.full_like(sums, torch.finfo(sums.dtype).min), sum=sums)
+
+
+def start_stats(problem: Problem) -> RowStats:
+    """The statistics of empty sets of logits, one for each row."""
+    return _start(problem, problem.z_rows.shape[:1])
 
 
 def _update(stats: RowStats, where: slice, x: Tensor, dim: int, scratch: Tensor) -> None:
@@ -171,3 +181,163 @@ def block_weights(
     if problem.compute_dtype == problem.accum_dtype:
         return out
     return workspace.tile(3, block.shape, problem.compute_dtype).copy_(out)
+
+
+def fused_block_rows(problem: FusedProblem) -> int:
+    """The largest number of samples of a block's side."""
+    return FUSED_BLOCK_ROWS.get(problem.z_rows.device.type, FUSED_BLOCK_ROWS["default"])
+
+
+def fused_start_stats(problem: FusedProblem) -> RowStats:
+    """The statistics of empty sets of logits, one for each view and sample."""
+    return _start(problem, (len(problem.bases), problem.z_rows.shape[1]))
+
+
+def _mix(y: Tensor, coefficients: Tensor, base: int | None, out: Tensor) -> tuple[Tensor, Tensor]:
+    """``<z_b, z_v>`` for both bases ``b``: ``y[b, base]`` where view ``v`` is a base, else the
+    combination. ``coefficients``: two that broadcast over a tile; ``y``: [2 (b), 2, P, Q]."""
+    if base is not None:
+        return y[0, base], y[1, base]
+    for b in range(2):
+        torch.mul(y[b, 0], coefficients[0], out=out[b]).addcmul_(y[b, 1], coefficients[1])
+    return out[0], out[1]
+
+
+def _fused_logits(
+    problem: FusedProblem,
+    block: Block,
+    v: int,
+    toward: tuple[Tensor, Tensor],
+    workspace: Workspace,
+) -> Tensor:
+    """``exp(x_vw - s)`` of a bounded problem, zero where masked; else ``x_vw``, -inf there."""
+    out = workspace.tile(1, block.shape, problem.accum_dtype)
+    base = problem.bases[v]
+    if base is not None:
+        torch.mul(toward[base], problem.scale, out=out)
+    else:
+        k = problem.coefficients_rows[v, :, block.rows, None] * problem.scale
+        torch.mul(toward[0], k[0], out=out).addcmul_(toward[1], k[1])
+    if bounded(problem):
+        out.sub_(problem.scale).exp_()
+        _mask_(out, problem, block, 0.0, workspace)
+    else:
+        _mask_(out, problem, block, -torch.inf, workspace)
+    return out
+
+
+def fused_block_stats(
+    problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
+) -> None:
+    """Fold one block over samples into the running statistics of its rows' and columns' views."""
+    y = fused_products(problem, block, workspace)
+    mixed = workspace.tile(3, (2, *block.shape), problem.accum_dtype)
+    scratch = workspace.tile(4, block.shape, problem.accum_dtype)
+    views = range(len(problem.bases))
+    for w in views:
+        k = problem.coefficients_cols[w, :, None, block.cols]
+        toward = _mix(y, k, problem.bases[w], mixed)
+        for v in views:
+            for_row = problem.candidates[v][w]
+            for_col = problem.candidates[w][v] and not block.diagonal
+            if not (for_row or for_col):
+                continue
+            tile = _fused_logits(problem, block, v, toward, workspace)
+            if bounded(problem):
+                if for_row:
+                    rows.sum[v, block.rows].add_(tile.sum(1))
+                if for_col:
+                    cols.sum[w, block.cols].add_(tile.sum(0))
+                continue
+            if for_row:
+                _update(RowStats(rows.max[v], rows.sum[v]), block.rows, tile, 1, scratch)
+            if for_col:
+                _update(RowStats(cols.max[w], cols.sum[w]), block.cols, tile, 0, scratch)
+
+
+def _fused_pair_weights(
+    problem: FusedProblem,
+    block: Block,
+    v: int,
+    w: int,
+    tile: Tensor,
+    lse: tuple[Tensor, Tensor],
+    grad: tuple[Tensor, Tensor],
+    workspace: Workspace,
+) -> Tensor:
+    """``H_vw`` from what :func:`_fused_logits` left in ``tile``."""
+    out = workspace.tile(4, block.shape, problem.accum_dtype)
+    out.zero_()
+    sides = (
+        (problem.candidates[v][w], lse[0][v, block.rows, None], grad[0][v, block.rows, None]),
+        (problem.candidates[w][v], lse[1][w, None, block.cols], grad[1][w, None, block.cols]),
+    )
+    for serves, lse_side, grad_side in sides:
+        if not serves:
+            continue
+        if bounded(problem):
+            out.add_((problem.scale - lse_side).exp_().mul_(grad_side))
+        else:
+            part = workspace.tile(5, block.shape, problem.accum_dtype)
+            torch.sub(tile, lse_side, out=part).exp_()
+            out.addcmul_(part, grad_side)
+    return out.mul_(tile) if bounded(problem) else out
+
+
+def fused_block_weights(
+    problem: FusedProblem,
+    block: Block,
+    lse_rows: Tensor,
+    lse_cols: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    inner_rows: Tensor,
+    inner_cols: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """``F`` [2, 2, P, Q] of one block over samples, in the compute dtype, valid until the next
+    call, and its share of ``U``: see ``score_fusion``."""
+    y = fused_products(problem, block, workspace)
+    dtype, shape = problem.accum_dtype, block.shape
+    views = range(len(problem.bases))
+    k_rows = problem.coefficients_rows[:, :, block.rows, None]
+    k_cols = problem.coefficients_cols[:, :, None, block.cols]
+    towards = workspace.tile(3, (len(views), 2, *shape), dtype)
+    aways = workspace.tile(6, (2, *shape), dtype)
+    g = workspace.tile(7, (2, *shape), dtype)
+    f = workspace.tile(8, (2, 2, *shape), dtype)
+    f.zero_()
+    toward = [_mix(y, k_cols[w], problem.bases[w], towards[w]) for w in views]
+    for v in views:
+        away = _mix(y.transpose(0, 1), k_rows[v], problem.bases[v], aways)
+        own_bases_v = _own_bases(problem.bases[v])
+        g.zero_()
+        for w in views:
+            if not (problem.candidates[v][w] or problem.candidates[w][v]):
+                continue
+            tile = _fused_logits(problem, block, v, toward[w], workspace)
+            h = _fused_pair_weights(
+                problem, block, v, w, tile, (lse_rows, lse_cols), (grad_rows, grad_cols), workspace
+            )
+            for b in own_bases_v:
+                inner_rows[v, b, block.rows] += torch.mul(h, toward[w][b], out=tile).sum(1)
+            for c in _own_bases(problem.bases[w]):
+                if not block.diagonal:
+                    inner_cols[w, c, block.cols] += torch.mul(h, away[c], out=tile).sum(0)
+                if problem.bases[w] is None:
+                    g[c].addcmul_(h, k_cols[w, c])
+                else:
+                    g[c].add_(h)
+        for b in own_bases_v:
+            if problem.bases[v] is None:
+                f[b].addcmul_(g, k_rows[v, b])
+            else:
+                f[b].add_(g)
+    if problem.compute_dtype == dtype:
+        return f
+    return workspace.tile(9, (2, 2, *shape), problem.compute_dtype).copy_(f)
+
+
+def _own_bases(base: int | None) -> tuple[int, ...]:
+    """The bases with a coefficient that is not zero by construction."""
+    return (0, 1) if base is None else (base,)

@@ -1,8 +1,8 @@
 """The block functions as Triton kernels, for NVIDIA sm_80 and later and AMD gfx942 and gfx950.
 
 This module names them, says where they cannot run, and imports Triton at their first call only.
-``stats`` and ``weights`` hold one kernel family each with its launcher, ``primitives`` what they
-share, ``tiles`` the table of tile sizes.
+``stats``, ``weights``, ``fused_stats`` and ``fused_weights`` hold one kernel family each with its
+launcher, ``primitives`` what they share, ``tiles`` the tables of tile sizes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from gcl_kernels.backends.triton.tiles import device_chip
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import Problem, RowStats, Workspace
+from gcl_kernels.problem import FusedProblem, Problem, RowStats, Workspace
 
 BLOCK_ROWS = 8192
 """Largest rows of a block: its weights take 128 MiB (256 MiB in float32), the whole workspace, and
 launches are few. Smaller blocks gain nothing, since logits stay on the chip at any size."""
+
+FUSED_BLOCK_ROWS = 4096
+"""The same for blocks over samples, whose weights are four matrices."""
 
 
 def _is_installed(package: str) -> bool:
@@ -62,10 +65,20 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
 
 def block_rows(problem: Problem) -> int:
     """The largest number of rows of a block for this problem."""
+    _check(problem)
+    return BLOCK_ROWS
+
+
+def fused_block_rows(problem: FusedProblem) -> int:
+    """The largest number of samples of a block's side for this problem."""
+    _check(problem)
+    return FUSED_BLOCK_ROWS
+
+
+def _check(problem: Problem | FusedProblem) -> None:
     reason = why_not(problem.z_rows.device, problem.compute_dtype)
     if reason is not None:
         raise RuntimeError(f"backend: 'triton' cannot serve this call: {reason}")
-    return BLOCK_ROWS
 
 
 def keeps_tiles(num_rows: int, num_cols: int) -> bool:
@@ -75,7 +88,16 @@ def keeps_tiles(num_rows: int, num_cols: int) -> bool:
 
 def start_stats(problem: Problem) -> RowStats:
     """The statistics of empty sets of logits, one for each row."""
-    sums = problem.scale.new_zeros(problem.z_rows.shape[0])
+    return _start_stats(problem, (problem.z_rows.shape[0],))
+
+
+def fused_start_stats(problem: FusedProblem) -> RowStats:
+    """The same, [V, N]."""
+    return _start_stats(problem, (len(problem.bases), problem.z_rows.shape[1]))
+
+
+def _start_stats(problem: Problem | FusedProblem, shape: tuple[int, ...]) -> RowStats:
+    sums = problem.scale.new_zeros(shape)
     # Finite, so that a row without any logit subtracts no infinities.
     return RowStats(max=torch.full_like(sums, torch.finfo(sums.dtype).min), sum=sums)
 
@@ -107,4 +129,33 @@ def block_weights(
 
     return weights.block_weights(
         problem, block, lse_rows, lse_cols, grad_rows, grad_cols, workspace
+    )
+
+
+def fused_block_stats(
+    problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
+) -> None:
+    """Fold one block over samples into the running statistics [V, N] of its rows and columns."""
+    from gcl_kernels.backends.triton import fused_stats
+
+    fused_stats.fused_block_stats(problem, block, rows, cols)
+
+
+def fused_block_weights(
+    problem: FusedProblem,
+    block: Block,
+    lse_rows: Tensor,
+    lse_cols: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    inner_rows: Tensor,
+    inner_cols: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """``F`` [2, 2, rows, columns] of one block over samples, in the compute dtype, valid until the
+    next call with this workspace; what its weights project is added to ``inner_*`` [V, 2, N]."""
+    from gcl_kernels.backends.triton import fused_weights
+
+    return fused_weights.fused_block_weights(
+        problem, block, lse_rows, lse_cols, grad_rows, grad_cols, inner_rows, inner_cols, workspace
     )

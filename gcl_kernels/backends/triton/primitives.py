@@ -29,9 +29,13 @@ from gcl_kernels.backends.triton.tiles import (
     pick_tile,
 )
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import Problem
+from gcl_kernels.problem import FusedProblem, Problem
 
 FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
+
+# With 8 rows, the 132 tiles that an H100 holds at once read 8 + 17 strips of operands; row by row
+# of a block they would read 3 + 64.
+GROUP_ROWS = tl.constexpr(8)
 
 # |x| <= s <= 40: exp(x - s) >= e^-80 is a normal float32, and exp(s - lse) <= e^80 is finite.
 MAX_BOUNDED_SCALE = tl.constexpr(40.0)
@@ -39,38 +43,64 @@ MAX_BOUNDED_SCALE = tl.constexpr(40.0)
 
 @triton.jit
 def tile_of(program, num_row_tiles, num_col_tiles, DIAGONAL: tl.constexpr):
-    """Tile (row, column) of a program; on a diagonal block the tiles with row <= column."""
+    """Tile (row, column) of a program; on a diagonal block the tiles with row <= column.
+
+    Programs that run at the same time share operands: consecutive ones go down GROUP_ROWS rows of
+    tiles before they turn to the next column.
+    """
+    # The triangle as a rectangle: its rows r and T-1-r hold T+1 tiles together (r and T-r hold T
+    # where T is odd).
+    odd = num_row_tiles % 2
+    height = (num_row_tiles + 1) // 2 if DIAGONAL else num_row_tiles
+    width = num_row_tiles + 1 - odd if DIAGONAL else num_col_tiles
+    group = program // (GROUP_ROWS * width)
+    within = program % (GROUP_ROWS * width)
+    group_rows = tl.minimum(height - group * GROUP_ROWS, GROUP_ROWS)
+    row = group * GROUP_ROWS + within % group_rows
+    col = within // group_rows
     if DIAGONAL:
-        # Rows r and T-1-r of the triangle hold T+1 tiles together: the triangle as a rectangle.
-        row = program // (num_row_tiles + 1)
-        col = program % (num_row_tiles + 1)
         upper = col < num_row_tiles - row
-        return tl.where(upper, row, num_row_tiles - 1 - row), tl.where(upper, row + col, col - 1)
-    return program // num_col_tiles, program % num_col_tiles
+        row, col = (
+            tl.where(upper, row, num_row_tiles - 1 + odd - row),
+            tl.where(upper, row + col, col - 1 + odd),
+        )
+    return row, col
 
 
 @triton.jit
 def tile_product(
-    z_rows, z_cols, rows, cols, dim,
-    TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    z_rows, z_cols, rows, more_rows, cols, dim,
+    TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """<z_row, z_col> [TILE, TILE] in float32 of the rows and columns with these numbers."""
+    """<z_row, z_col> in float32 of the rows and columns with these numbers (int64: times dim they
+    may exceed 2^31), and of ``more_rows`` with the same columns where they are not None."""
     ks = tl.arange(0, TILE_K)
-    # A row's number times dim may exceed 2^31.
-    row_pointers = z_rows + rows.to(tl.int64)[:, None] * dim + ks[None, :]
-    col_pointers = z_cols + cols.to(tl.int64)[None, :] * dim + ks[:, None]
-    product = tl.zeros((TILE, TILE), dtype=tl.float32)
+    a_pointers = z_rows + rows[:, None] * dim + ks[None, :]
+    b_pointers = z_cols + cols[None, :] * dim + ks[:, None]
+    product = tl.zeros((rows.shape[0], cols.shape[0]), dtype=tl.float32)
+    more = product
+    if more_rows is not None:
+        more_pointers = z_rows + more_rows[:, None] * dim + ks[None, :]
     for k in range(0, dim, TILE_K):
-        if EVEN_K:
-            a = tl.load(row_pointers)
-            b = tl.load(col_pointers)
-        else:
-            a = tl.load(row_pointers, mask=ks[None, :] < dim - k, other=0.0)
-            b = tl.load(col_pointers, mask=ks[:, None] < dim - k, other=0.0)
+        b = load_slice(b_pointers, ks[:, None], dim - k, EVEN_K)
+        a = load_slice(a_pointers, ks[None, :], dim - k, EVEN_K)
         product = tl.dot(a, b, product, input_precision=PRECISION)
-        row_pointers += TILE_K
-        col_pointers += TILE_K
-    return product
+        if more_rows is not None:
+            a = load_slice(more_pointers, ks[None, :], dim - k, EVEN_K)
+            more = tl.dot(a, b, more, input_precision=PRECISION)
+            more_pointers += TILE_K
+        a_pointers += TILE_K
+        b_pointers += TILE_K
+    return product, more
+
+
+@triton.jit
+def load_slice(pointers, ks, remaining, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        part = tl.load(pointers)
+    else:
+        part = tl.load(pointers, mask=ks < remaining, other=0.0)
+    return part
 
 
 @triton.jit
@@ -93,6 +123,33 @@ def may_hold_same_sample(first_row, first_col, id_offset, id_period, TILE: tl.co
 
 
 @triton.jit
+def needs_mask(
+    ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE: tl.constexpr
+):  # fmt: skip
+    """Whether a tile may hold anything but negatives."""
+    if ids_rows is not None:
+        needs = True
+    else:
+        padded = (first_row + TILE > num_rows) | (first_col + TILE > num_cols)
+        needs = padded | may_hold_same_sample(first_row, first_col, id_offset, id_period, TILE)
+    return needs
+
+
+@triton.jit
+def tile_ids(
+    ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols, id_offset, id_period
+):  # fmt: skip
+    """Numbers of a tile's rows and columns that are equal where both are of one sample."""
+    if ids_rows is not None:
+        row_ids = tl.load(ids_rows + row_start + tl.minimum(rows, num_rows - 1))
+        col_ids = tl.load(ids_cols + col_start + tl.minimum(cols, num_cols - 1))
+    else:
+        row_ids = (rows + id_offset) % id_period
+        col_ids = cols % id_period
+    return row_ids, col_ids
+
+
+@triton.jit
 def tile_logits(
     z_rows, z_cols, ids_rows, ids_cols, scale, first_row, first_col,
     row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
@@ -102,25 +159,100 @@ def tile_logits(
     rows = first_row + tl.arange(0, TILE)
     cols = first_col + tl.arange(0, TILE)
     # Padding repeats the last row and is masked below: the product's loads need no row mask.
-    global_rows = row_start + tl.minimum(rows, num_rows - 1)
-    global_cols = col_start + tl.minimum(cols, num_cols - 1)
-    product = tile_product(
-        z_rows, z_cols, global_rows, global_cols, dim, TILE, TILE_K, EVEN_K, PRECISION
+    global_rows = row_start + tl.minimum(rows, num_rows - 1).to(tl.int64)
+    global_cols = col_start + tl.minimum(cols, num_cols - 1).to(tl.int64)
+    product, _ = tile_product(
+        z_rows, z_cols, global_rows, None, global_cols, dim, TILE_K, EVEN_K, PRECISION
     )
     x = product * scale
-    if ids_rows is not None:
-        row_ids = tl.load(ids_rows + global_rows)
-        col_ids = tl.load(ids_cols + global_cols)
+    if needs_mask(
+        ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE
+    ):  # fmt: skip
+        row_ids, col_ids = tile_ids(
+            ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
+            id_offset, id_period,
+        )  # fmt: skip
         negative = is_negative(rows, cols, num_rows, num_cols, row_ids, col_ids)
         x = tl.where(negative, x, -float("inf"))
-    else:
-        padded = (first_row + TILE > num_rows) | (first_col + TILE > num_cols)
-        if padded | may_hold_same_sample(first_row, first_col, id_offset, id_period, TILE):
-            row_ids = (rows + id_offset) % id_period
-            col_ids = cols % id_period
-            negative = is_negative(rows, cols, num_rows, num_cols, row_ids, col_ids)
-            x = tl.where(negative, x, -float("inf"))
     return x
+
+
+@triton.jit
+def fused_products(
+    z_rows, z_cols, first_row, first_col, row_start, col_start, num_rows, num_cols,
+    row_samples, col_samples, dim,
+    TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``y_bc = <z_b^j, z_c^k>``: for the left and the right half of the columns the four tiles
+    y_00, y_01, y_10, y_11, each [TILE, TILE / 2] in float32. Embeddings [2, samples, dim].
+
+    One product's columns are numbered (quarter in a half, half, place, c), the last fastest. A
+    thread holds both c and both halves of its rows, so that splitting them moves nothing; only on
+    which thread a quarter lies depends on the chip.
+    """
+    QUARTER: tl.constexpr = TILE // 4
+    numbers = tl.arange(0, 2 * TILE)
+    places = numbers // 2 % QUARTER
+    halves = numbers // (2 * QUARTER) % 2
+    quarters = numbers // (4 * QUARTER)
+    rows = first_row + tl.arange(0, TILE)
+    cols = first_col + halves * (2 * QUARTER) + quarters * QUARTER + places
+    rows_0 = row_start + tl.minimum(rows, num_rows - 1).to(tl.int64)
+    cols_c = col_start + tl.minimum(cols, num_cols - 1).to(tl.int64) + numbers % 2 * col_samples
+    y_0, y_1 = tile_product(
+        z_rows, z_cols, rows_0, rows_0 + row_samples, cols_c, dim, TILE_K, EVEN_K, PRECISION
+    )
+    left_00, left_01, right_00, right_01 = split_columns(y_0, TILE)
+    left_10, left_11, right_10, right_11 = split_columns(y_1, TILE)
+    return (left_00, left_01, left_10, left_11), (right_00, right_01, right_10, right_11)
+
+
+@triton.jit
+def split_columns(y, TILE: tl.constexpr):
+    """(left, c = 0), (left, c = 1), (right, 0), (right, 1) of a product [TILE, 2 TILE]."""
+    left, right = tl.split(tl.permute(tl.reshape(y, (TILE, 2, 2, TILE // 2)), (0, 1, 3, 2)))
+    left_0, left_1 = tl.split(tl.reshape(left, (TILE, TILE // 2, 2)))
+    right_0, right_1 = tl.split(tl.reshape(right, (TILE, TILE // 2, 2)))
+    return left_0, left_1, right_0, right_1
+
+
+@triton.jit
+def masked(x, mask):
+    """``x``, -inf where masked. ``mask``: whether any may be, and what is_negative compares."""
+    if mask[0]:
+        negative = is_negative(mask[1], mask[2], mask[3], mask[4], mask[5], mask[6])
+        x = tl.where(negative, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def load_coefficients(coefficients, start, lines, length, samples, BASES: tl.constexpr):
+    """For each view its two coefficients [lines]; zeros, unread, for a view that is a base."""
+    views = ()
+    for v in tl.static_range(len(BASES)):
+        if BASES[v] is None:
+            place = coefficients + 2 * v * samples.to(tl.int64) + start + lines
+            of_0 = tl.load(place, mask=lines < length, other=0.0)
+            of_1 = tl.load(place + samples, mask=lines < length, other=0.0)
+            views = views + ((of_0, of_1),)
+        else:
+            views = views + ((0.0, 0.0),)
+    return views
+
+
+@triton.jit
+def combine(of_0, of_1, coefficients, BASE: tl.constexpr, AXIS: tl.constexpr):
+    """A view's tile from those of its bases: coefficients run along AXIS."""
+    if BASE == 0:
+        combined = of_0
+    elif BASE == 1:
+        combined = of_1
+    else:
+        combined = (
+            tl.expand_dims(coefficients[0], 1 - AXIS) * of_0
+            + tl.expand_dims(coefficients[1], 1 - AXIS) * of_1
+        )
+    return combined
 
 
 @triton.jit
@@ -141,7 +273,7 @@ def id_diagonals(block: Block) -> tuple[int, int]:
     return offsets[0] % period, period
 
 
-def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
+def launch(problem: Problem | FusedProblem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
     """Programs, tile, and the arguments that all kernels over the tiles of a block share."""
     z_rows = problem.z_rows
     rows, cols = block.shape
@@ -151,8 +283,9 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
     # gfx950 multiplies no TF32; IEEE runs on the matrix cores of either AMD chip.
     ieee = chip.fast_float32 or torch.get_float32_matmul_precision() == "highest"
     is_float32 = z_rows.dtype == torch.float32
-    dim = z_rows.shape[1]
-    tile = pick_tile(chip, ieee and is_float32, dim, rows, cols, block.diagonal)
+    dim = z_rows.shape[-1]
+    fused = isinstance(problem, FusedProblem)
+    tile = pick_tile(chip, ieee and is_float32, dim, rows, cols, block.diagonal, fused)
     tile_k = tile.slice_elements(z_rows.dtype)
     id_offset, id_period = id_diagonals(block)
     arguments = {
@@ -170,8 +303,6 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
         "id_period": id_period,
         "UNIT_ROWS": problem.unit_rows,
         "DIAGONAL": block.diagonal,
-        "SERVES_ROWS": block.serves_rows,
-        "SERVES_COLS": block.serves_cols,
         "TILE": tile.size,
         "TILE_K": tile_k,
         "EVEN_K": dim % tile_k == 0,
@@ -179,4 +310,15 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
+    if isinstance(problem, FusedProblem):
+        arguments |= {
+            "coefficients_rows": problem.coefficients_rows,
+            "coefficients_cols": problem.coefficients_cols,
+            "row_samples": z_rows.shape[1],
+            "col_samples": problem.z_cols.shape[1],
+            "BASES": problem.bases,
+            "CANDIDATES": problem.candidates,
+        }
+    else:
+        arguments |= {"SERVES_ROWS": block.serves_rows, "SERVES_COLS": block.serves_cols}
     return num_tiles(rows, cols, block.diagonal, tile.size), tile, arguments

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from gcl_kernels.backends.triton.primitives import (
     FINITE_MIN,
@@ -31,6 +32,7 @@ from gcl_kernels.backends.triton.primitives import (
     tile_logits,
     tile_of,
 )
+from gcl_kernels.backends.triton.tiles import Tile
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import Problem, RowStats
 
@@ -116,38 +118,74 @@ def fold_lines(
     tl.store(sums + start + lines, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["row_slots", "col_slots", "row_start", "col_start", "num_rows",
-                               "num_cols", "row_programs"])  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "row_slots",
+        "col_slots",
+        "row_start",
+        "col_start",
+        "num_rows",
+        "num_cols",
+        "row_samples",
+        "col_samples",
+        "row_programs",
+    ]
+)
 def fold_kernel(
     row_table, col_table, row_max, row_sum, col_max, col_sum,
-    row_slots, col_slots, row_start, col_start, num_rows, num_cols, row_programs,
-    LINES: tl.constexpr, SLOTS: tl.constexpr,
+    row_slots, col_slots, row_start, col_start, num_rows, num_cols, row_samples, col_samples,
+    row_programs, LINES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The first ``row_programs`` programs fold rows, the others columns."""
+    """The first ``row_programs`` programs fold rows, the others columns; a view on axis 1."""
     program = tl.program_id(0)
+    view = tl.program_id(1).to(tl.int64)
     if program < row_programs:
-        fold_lines(row_table, row_slots, num_rows, program, row_max, row_sum, row_start,
-                   LINES, SLOTS)  # fmt: skip
+        at = view * row_samples
+        fold_lines(row_table + 2 * view * row_slots * num_rows, row_slots, num_rows, program,
+                   row_max + at, row_sum + at, row_start, LINES, SLOTS)  # fmt: skip
     else:
-        fold_lines(col_table, col_slots, num_cols, program - row_programs, col_max, col_sum,
-                   col_start, LINES, SLOTS)  # fmt: skip
+        at = view * col_samples
+        fold_lines(col_table + 2 * view * col_slots * num_cols, col_slots, num_cols,
+                   program - row_programs, col_max + at, col_sum + at, col_start,
+                   LINES, SLOTS)  # fmt: skip
+
+
+def new_tables(scale: Tensor, block: Block, tile: Tile, *leading: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised slots [..., slots, rows] and [..., slots, columns] of a block's tiles."""
+    num_rows, num_cols = block.shape
+    row_table = scale.new_empty(*leading, triton.cdiv(num_cols, tile.size), num_rows)
+    if block.diagonal:
+        # Its rows and columns are the same lines, and share their slots.
+        return row_table, row_table
+    return row_table, scale.new_empty(*leading, triton.cdiv(num_rows, tile.size), num_cols)
+
+
+def fold_programs(block: Block) -> tuple[int, int]:
+    """Programs that fold the rows of a block, and its columns."""
+    num_rows, num_cols = block.shape
+    row_programs = triton.cdiv(num_rows, FOLD_LINES) if block.serves_rows else 0
+    folds_cols = block.serves_cols and not block.diagonal
+    return row_programs, triton.cdiv(num_cols, FOLD_LINES) if folds_cols else 0
+
+
+def fold(
+    row_table: Tensor, col_table: Tensor, rows: RowStats, cols: RowStats, block: Block
+) -> None:
+    """Fold tables [views, 2, slots, lines] into running statistics [views, samples]."""
+    row_programs, col_programs = fold_programs(block)
+    num_rows, num_cols = block.shape
+    fold_kernel[(row_programs + col_programs, row_table.shape[0])](
+        row_table, col_table, rows.max, rows.sum, cols.max, cols.sum,
+        row_table.shape[2], col_table.shape[2], block.row_start, block.col_start,
+        num_rows, num_cols, rows.max.shape[-1], cols.max.shape[-1], row_programs,
+        LINES=FOLD_LINES, SLOTS=FOLD_SLOTS, num_warps=4,
+    )  # fmt: skip
 
 
 def block_stats(problem: Problem, block: Block, rows: RowStats, cols: RowStats) -> None:
     """Two launches: every tile's statistics to the tables, the tables into the running ones."""
-    num_rows, num_cols = block.shape
     programs, tile, arguments = launch(problem, block)
-    row_slots, col_slots = triton.cdiv(num_cols, tile.size), triton.cdiv(num_rows, tile.size)
-    row_table = problem.scale.new_empty(2, row_slots, num_rows)
-    # Rows and columns of a diagonal block are the same lines, and share their slots.
-    col_table = row_table if block.diagonal else problem.scale.new_empty(2, col_slots, num_cols)
-    folds_cols = block.serves_cols and not block.diagonal
-    row_programs = triton.cdiv(num_rows, FOLD_LINES) if block.serves_rows else 0
-    col_programs = triton.cdiv(num_cols, FOLD_LINES) if folds_cols else 0
+    row_table, col_table = new_tables(problem.scale, block, tile, 1, 2)
     with torch.cuda.device_of(problem.z_rows):
         stats_kernel[(programs,)](row_table=row_table, col_table=col_table, **arguments)
-        fold_kernel[(row_programs + col_programs,)](
-            row_table, col_table, rows.max, rows.sum, cols.max, cols.sum,
-            row_slots, col_slots, block.row_start, block.col_start, num_rows, num_cols,
-            row_programs, LINES=FOLD_LINES, SLOTS=FOLD_SLOTS, num_warps=4,
-        )  # fmt: skip
+        fold(row_table, col_table, rows, cols, block)

@@ -4,7 +4,7 @@ A tile of logits is square, ``size`` x ``size``, so that a diagonal block's tria
 whole and one program serves the rows of one range and of its mirror. Operands arrive in slices of
 ``slice_bytes`` along D (128 bytes: 64 half or 32 float32 elements, one cache line a row).
 
-Shared memory of the product, in bytes: ``buffers * 2 * size * slice_bytes``. Triton keeps
+Shared memory of the product, in bytes: ``buffers * 2 * bases * size * slice_bytes``. Triton keeps
 ``stages`` buffers where copies and products are both asynchronous (sm_90, sm_100; gfx950 at these
 settings), else ``stages - 1``: one slice is always in registers. The epilogue reuses that memory.
 
@@ -65,6 +65,7 @@ class Tile:
 
     Attributes:
         size, slice_bytes, warps, stages: see above.
+        bases: embeddings of a row and of a column: two where views are fused.
         reason: why they are what they are.
     """
 
@@ -73,11 +74,12 @@ class Tile:
     warps: int
     stages: int
     reason: str
+    bases: int = 1
 
     def shared_bytes(self, chip: Chip) -> int:
         """Bytes of shared memory that the product takes on this chip."""
         buffers = self.stages if chip.spare_buffer else self.stages - 1
-        return buffers * 2 * self.size * self.slice_bytes
+        return buffers * 2 * self.bases * self.size * self.slice_bytes
 
     def slice_elements(self, dtype: torch.dtype) -> int:
         return self.slice_bytes // dtype.itemsize
@@ -101,7 +103,8 @@ TILES: dict[tuple[str, str], Tile] = {
     ("sm_89", "fma"): _FMA,
     ("sm_90", "large"): Tile(
         128, 128, 8, 3, "3 buffers of 32 KiB: room for two programs, so that one can multiply "
-        "while the other exponentiates; with Triton 3.8 registers fit too, 3.6 takes up to 225",
+        "while the other exponentiates; with Triton 3.8 registers fit too. 3.6 takes up to 236: "
+        "one program, since a limit of 128 spills 264 bytes and tiles of 64 double the reads",
     ),
     ("sm_90", "small"): _SMALL,
     ("sm_90", "fma"): _FMA,
@@ -116,6 +119,47 @@ TILES: dict[tuple[str, str], Tile] = {
     ("gfx950", "large"): Tile(128, 128, 8, 2, "2 buffers of 32 KiB: two programs share 160 KiB"),
     ("gfx950", "small"): Tile(64, 128, 4, 2, "as large, a quarter of the area"),
 }  # fmt: skip
+
+
+def _fused(size: int, warps: int, stages: int, reason: str, slice_bytes: int = 128) -> Tile:
+    return Tile(size, slice_bytes, warps, stages, reason, bases=2)
+
+
+_FUSED_LARGE = (
+    "64 x 64 samples are 128 x 128 products: operands, buffers and sums of a thread as in the "
+    "large tile above; weights fill the registers, so that one program runs at a time"
+)
+_FUSED_SMALL = _fused(
+    32, 4, 3, "a quarter of the area where the large are few; too few rows for HGMMA and tcgen05: "
+    "HMMA, which small batches and rows that are not aligned can afford",
+)  # fmt: skip
+_FUSED_SMALL_AMD = _fused(
+    32, 8, 2, "a quarter of the area where the large are few; with 4 wavefronts up to 308 registers"
+)
+_FUSED_FMA = _fused(32, 8, 3, "64 x 64 products, as fma above", slice_bytes=64)
+
+FUSED_TILES: dict[tuple[str, str], Tile] = {
+    ("sm_80", "large"): _fused(64, 8, 4, _FUSED_LARGE),
+    ("sm_80", "small"): _FUSED_SMALL,
+    ("sm_80", "fma"): _FUSED_FMA,
+    ("sm_89", "large"): _fused(64, 8, 3, _FUSED_LARGE),
+    ("sm_89", "small"): _FUSED_SMALL,
+    ("sm_89", "fma"): _FUSED_FMA,
+    ("sm_90", "large"): _fused(64, 8, 3, _FUSED_LARGE),
+    ("sm_90", "small"): _FUSED_SMALL,
+    ("sm_90", "fma"): _FUSED_FMA,
+    ("sm_100", "large"): _fused(64, 8, 3, _FUSED_LARGE),
+    ("sm_100", "small"): _FUSED_SMALL,
+    ("sm_100", "fma"): _FUSED_FMA,
+    ("sm_120", "large"): _fused(64, 8, 3, _FUSED_LARGE),
+    ("sm_120", "small"): _FUSED_SMALL,
+    ("sm_120", "fma"): _FUSED_FMA,
+    ("gfx942", "large"): _fused(64, 8, 2, _FUSED_LARGE),
+    ("gfx942", "small"): _FUSED_SMALL_AMD,
+    ("gfx950", "large"): _fused(64, 8, 2, _FUSED_LARGE),
+    ("gfx950", "small"): _FUSED_SMALL_AMD,
+}
+"""For the kernels of fused views, whose ``size`` counts samples: two embeddings each."""
 
 
 def chip_of(capability: tuple[int, int] | None, gcn_arch: str | None) -> Chip | None:
@@ -145,14 +189,21 @@ def num_tiles(rows: int, cols: int, diagonal: bool, size: int) -> int:
 
 
 def pick_tile(
-    chip: Chip, ieee_float32: bool, dim: int, rows: int, cols: int, diagonal: bool
+    chip: Chip,
+    ieee_float32: bool,
+    dim: int,
+    rows: int,
+    cols: int,
+    diagonal: bool,
+    fused: bool = False,
 ) -> Tile:
     """The tile for one block. Depends on shapes and the chip's row only, never on a measurement."""
+    table = FUSED_TILES if fused else TILES
     if ieee_float32 and not chip.fast_float32:
-        return TILES[chip.name, "fma"]
-    large = TILES[chip.name, "large"]
+        return table[chip.name, "fma"]
+    large = table[chip.name, "large"]
     # Rows that are not aligned arrive element by element through registers, and large tiles spill.
     aligned = dim % 16 == 0
     if not aligned or num_tiles(rows, cols, diagonal, large.size) < chip.multiprocessors:
-        return TILES[chip.name, "small"]
+        return table[chip.name, "small"]
     return large

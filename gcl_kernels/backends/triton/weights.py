@@ -13,7 +13,8 @@ one exponential an entry. The exponents of the factors are at most 2 s, since ls
 
 A diagonal block computes the tiles on and above its diagonal and writes the others as transposes.
 
-Inputs: lse, g float32 [M]. Output: [rows, columns of the block], rounded once, from float32.
+Inputs: lse, g float32 [M]. Output: [rows, columns of the block], rounded once, from float32;
+its rows are padded to an aligned pitch.
 """
 
 from __future__ import annotations
@@ -74,15 +75,17 @@ def load_lines(values, start, lines, length):
 
 
 @triton.jit
-def store_tile(out, tile, rows, cols, num_rows, num_cols):
-    place = out + rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
-    tl.store(place, tile, mask=(rows < num_rows)[:, None] & (cols < num_cols)[None, :])
+def store_tile(out, tile, rows, cols, num_rows, pitch):
+    """Rows lie ``pitch`` apart, a multiple of 16; what pads them is written too (zeros), since a
+    limit that is such a multiple leaves whole vectors to store."""
+    place = out + rows.to(tl.int64)[:, None] * pitch + cols[None, :]
+    tl.store(place, tile, mask=(rows < num_rows)[:, None] & (cols < pitch)[None, :])
 
 
 @triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "id_offset", "id_period"])
 def weights_kernel(
     z_rows, z_cols, ids_rows, ids_cols, scale, lse_rows, lse_cols, grad_rows, grad_cols, out,
-    row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
+    pitch, row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
     UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
     SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -112,10 +115,10 @@ def weights_kernel(
             quarters[quarter], s, is_bounded(s, UNIT_ROWS), lse_p, lse_q, g_p, g_q,
             SERVES_ROWS, SERVES_COLS,
         ).to(out.dtype.element_ty)  # fmt: skip
-        store_tile(out, h, rows, cols, num_rows, num_cols)
+        store_tile(out, h, rows, cols, num_rows, pitch)
         if DIAGONAL:
             if tile_row != tile_col:
-                store_tile(out, tl.trans(h), cols, rows, num_rows, num_cols)
+                store_tile(out, tl.trans(h), cols, rows, num_rows, pitch)
 
 
 def block_weights(
@@ -133,6 +136,6 @@ def block_weights(
     with torch.cuda.device_of(out):
         weights_kernel[(programs,)](
             lse_rows=lse_rows, lse_cols=lse_cols, grad_rows=grad_rows, grad_cols=grad_cols,
-            out=out, **arguments,
+            out=out, pitch=out.stride(0), **arguments,
         )  # fmt: skip
     return out

@@ -1,0 +1,102 @@
+// The kernels once per instruction set, and the choice among them when the module is loaded.
+
+#include "kernels.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#define INLINE inline __attribute__((always_inline))
+
+#define KERNELS_OF_THIS_NAMESPACE                                                         \
+  template <class T>                                                                      \
+  constexpr Kernels<T> table = {stats_bounded<T>,       stats_running<T>,       weights<T>, \
+                                embed<T>,               embed_backward<T>,                \
+                                embed_fused<T>,         fused_gradients<T>,               \
+                                fused_stats_bounded<T>, fused_stats_running<T>,           \
+                                fused_weights<T>};
+
+namespace gcl {
+namespace baseline {
+#include "simd.h"
+#include "kernels.h"
+#include "fused_kernels.h"
+KERNELS_OF_THIS_NAMESPACE
+}  // namespace baseline
+}  // namespace gcl
+
+#if defined(__x86_64__)
+#define GCL_X86 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace gcl {
+namespace avx2 {
+#include "simd.h"
+#include "kernels.h"
+#include "fused_kernels.h"
+KERNELS_OF_THIS_NAMESPACE
+}  // namespace avx2
+}  // namespace gcl
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma,prefer-vector-width=512")
+#endif
+namespace gcl {
+namespace avx512 {
+#include "simd.h"
+#include "kernels.h"
+#include "fused_kernels.h"
+KERNELS_OF_THIS_NAMESPACE
+}  // namespace avx512
+}  // namespace gcl
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace gcl {
+
+enum class Isa { baseline, avx2, avx512 };
+
+static Isa detect() {
+#ifdef GCL_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::baseline;
+}
+
+static const Isa isa = detect();
+
+template <class T>
+const Kernels<T>& kernels() {
+#ifdef GCL_X86
+  if (isa == Isa::avx512) return avx512::table<T>;
+  if (isa == Isa::avx2) return avx2::table<T>;
+#endif
+  return baseline::table<T>;
+}
+
+template const Kernels<float>& kernels<float>();
+template const Kernels<double>& kernels<double>();
+
+const char* instruction_set() {
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
+}
+
+}  // namespace gcl

@@ -1,0 +1,407 @@
+"""The block functions for a CPU: PyTorch's matrix products, and everything between in C++ (SIMD).
+
+Definitions as in ``tiled``. One call computes a block's statistics or weights in one pass over the
+tile while it lies in the cache, and one call makes unit vectors or their gradients. The extension
+``gcl_kernels._cpu`` (``csrc/cpu``) takes addresses, so that it serves every PyTorch; its results do
+not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gcl_kernels import embeddings
+from gcl_kernels.blocks import Block
+from gcl_kernels.problem import (
+    FusedProblem,
+    Problem,
+    RowStats,
+    Workspace,
+    bounded,
+    fused_products,
+    product,
+)
+from gcl_kernels.spec import NORM_EPS
+
+_WHY_UNAVAILABLE: str | None = None
+_cpu: Any = None
+try:
+    _cpu = import_module("gcl_kernels._cpu")
+except ImportError as error:  # not built: an installation goes on without it
+    _WHY_UNAVAILABLE = (
+        f"its extension is not built ({error}): install gcl_kernels where a C++ compiler is found, "
+        "see docs/building.md"
+    )
+
+BLOCK_ROWS = 512
+"""Here 384 took 8 % longer, 768 as long, measured."""
+
+KEPT_ELEMENTS = 1024 * 1024
+"""4 MiB of float32: at N <= 341 of three views the second product is a quarter to a third of all
+floating-point operations, and nothing of size M x M is held beyond this constant."""
+
+FUSED_BLOCK_ROWS = 256
+"""Samples of a block's side in score fusion: four tiles of 256 x 256 take 1 MiB. 128 took 1.4 times
+as long, measured."""
+
+_SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
+
+
+def why_unavailable() -> str | None:
+    """None where the extension is built, else how to get it."""
+    return _WHY_UNAVAILABLE
+
+
+def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
+    """None where tensors of this device and dtype are served, else the reason."""
+    if device.type != "cpu":
+        return f"it serves tensors on the CPU, not on {device.type}"
+    if compute_dtype not in _SUFFIX:
+        return f"it computes in float32 and float64, not in {compute_dtype}"
+    return None
+
+
+def block_rows(problem: Problem) -> int:
+    """The largest number of rows of a block for this problem."""
+    return BLOCK_ROWS
+
+
+def keeps_tiles(num_rows: int, num_cols: int) -> bool:
+    """Whether tiles of a problem of this size stay in memory between the passes."""
+    return num_rows * num_cols <= KEPT_ELEMENTS
+
+
+def _function(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_cpu, f"{name}_{_SUFFIX[dtype]}")
+
+
+def _scale(problem: Problem | FusedProblem) -> float:
+    return float(problem.scale) if problem.max_scale is None else problem.max_scale
+
+
+def _place(
+    block: Block, ids: tuple[Tensor, Tensor] | None, serves_cols: bool
+) -> tuple[int | bool | tuple[int, ...], ...]:
+    """Where a block lies, whom it serves and how it is masked, as the extension reads it."""
+    return (
+        block.row_start,
+        block.row_stop - block.row_start,
+        block.col_start,
+        block.col_stop - block.col_start,
+        block.serves_rows,
+        serves_cols,
+        block.same_sample_offsets,
+        0 if ids is None else ids[0].data_ptr(),
+        0 if ids is None else ids[1].data_ptr(),
+    )
+
+
+def _ids(problem: Problem | FusedProblem) -> tuple[Tensor, Tensor] | None:
+    """Explicit ids as int64; they must outlive the call that takes their addresses."""
+    if problem.ids_rows is None or problem.ids_cols is None:
+        return None
+    return problem.ids_rows.to(torch.int64), problem.ids_cols.to(torch.int64)
+
+
+def _start(problem: Problem | FusedProblem, shape: tuple[int, ...]) -> RowStats:
+    # Finite, so that a row without any logit subtracts no infinities.
+    start = _scale(problem) if bounded(problem) else torch.finfo(problem.accum_dtype).min
+    return RowStats(max=problem.scale.new_full(shape, start), sum=problem.scale.new_zeros(shape))
+
+
+def start_stats(problem: Problem) -> RowStats:
+    """The statistics of empty sets of logits, one for each row."""
+    return _start(problem, (problem.z_rows.shape[0],))
+
+
+def _dots(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
+    if problem.kept is not None:
+        return problem.kept[block.rows, block.cols]
+    return workspace.tile(0, block.shape, problem.accum_dtype)
+
+
+def _multiply(problem: Problem, block: Block, dots: Tensor) -> None:
+    product(problem.z_rows[block.rows], problem.z_cols[block.cols].t(), out=dots)
+
+
+def block_stats(
+    problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
+) -> None:
+    """Fold one block into the running statistics of its rows and columns."""
+    dots, ids = _dots(problem, block, workspace), _ids(problem)
+    _multiply(problem, block, dots)
+    _function("block_stats", problem.accum_dtype)(
+        torch.get_num_threads(),
+        dots.data_ptr(),
+        dots.stride(0),
+        _place(block, ids, block.serves_cols and not block.diagonal),
+        _scale(problem),
+        bounded(problem),
+        rows.max.data_ptr(),
+        rows.sum.data_ptr(),
+        cols.max.data_ptr(),
+        cols.sum.data_ptr(),
+    )
+
+
+def block_weights(
+    problem: Problem,
+    block: Block,
+    lse_rows: Tensor,
+    lse_cols: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """``H`` of one block, valid until the next call with this workspace.
+
+    ``lse_*`` hold +inf for rows without a negative: every weight in them is then zero. Where the
+    problem keeps tiles, they are those that ``block_stats`` left, and stay as they are.
+    """
+    dots, ids = _dots(problem, block, workspace), _ids(problem)
+    if problem.kept is None:
+        _multiply(problem, block, dots)
+        out = dots
+    else:
+        out = workspace.tile(0, block.shape, problem.accum_dtype)
+    _function("block_weights", problem.accum_dtype)(
+        torch.get_num_threads(),
+        dots.data_ptr(),
+        dots.stride(0),
+        _place(block, ids, block.serves_cols),
+        _scale(problem),
+        bounded(problem),
+        lse_rows.data_ptr(),
+        grad_rows.data_ptr(),
+        lse_cols.data_ptr(),
+        grad_cols.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+    )
+    return out
+
+
+def _plain(views: Sequence[Tensor], compute_dtype: torch.dtype, num_views: int) -> bool:
+    """Whether the extension reads these views as they are."""
+    return num_views <= _cpu.max_views and all(
+        view.dtype == compute_dtype and view.stride(1) == 1 for view in views
+    )
+
+
+def embed(
+    views: Sequence[Tensor],
+    own_pairs: Sequence[tuple[int, int]],
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    accum_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed`, which takes views of other dtypes and layouts."""
+    num_views, (num_samples, dim) = len(views), views[0].shape
+    if not _plain(views, compute_dtype, num_views):
+        return embeddings.embed(views, own_pairs, normalize, compute_dtype, accum_dtype)
+    first = views[0]
+    z = first.new_empty(num_views, num_samples, dim)
+    norm = first.new_empty((num_views, num_samples) if normalize else 0)
+    inverse = torch.empty_like(norm)
+    own = first.new_empty(num_views, num_views, num_samples)
+    _function("embed", compute_dtype)(
+        torch.get_num_threads(),
+        [view.data_ptr() for view in views],
+        [view.stride(0) for view in views],
+        num_samples,
+        dim,
+        normalize,
+        NORM_EPS,
+        [view for pair in own_pairs for view in pair],
+        z.data_ptr(),
+        norm.data_ptr(),
+        inverse.data_ptr(),
+        own.data_ptr(),
+    )
+    return z, norm, inverse, own
+
+
+def embed_backward(
+    views: Sequence[Tensor],
+    normalize: bool,
+    z: Tensor,
+    norm: Tensor,
+    inverse: Tensor,
+    own: Tensor,
+    hz: Tensor,
+    grad_own: Tensor,
+    scale: Tensor,
+    needs_grad: Sequence[bool],
+) -> tuple[list[Tensor], Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed_backward`."""
+    num_views, num_samples, dim = z.shape
+    if any(view.dtype != z.dtype for view in views) or num_views > _cpu.max_views:
+        return embeddings.embed_backward(
+            views, normalize, z, norm, inverse, own, hz, grad_own, scale, needs_grad
+        )
+    grads = [z.new_empty((num_samples, dim) if needs else 0) for needs in needs_grad]
+    inner = z.new_zeros(num_views, num_samples)
+    grad_own = grad_own.contiguous()
+    _function("embed_backward", z.dtype)(
+        torch.get_num_threads(),
+        num_samples,
+        dim,
+        normalize,
+        NORM_EPS,
+        float(scale),
+        z.data_ptr(),
+        norm.data_ptr(),
+        inverse.data_ptr(),
+        own.data_ptr(),
+        hz.data_ptr(),
+        grad_own.data_ptr(),
+        [grad.data_ptr() if needs else 0 for grad, needs in zip(grads, needs_grad, strict=True)],
+        inner.data_ptr(),
+    )
+    return grads, inner.sum()
+
+
+def embed_fused(
+    views: Sequence[Tensor],
+    mixing: Tensor,
+    bases: Sequence[int],
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    accum_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed_fused`, which takes views of other dtypes."""
+    if not _plain(views, compute_dtype, len(bases)):
+        return embeddings.embed_fused(views, mixing, bases, normalize, compute_dtype, accum_dtype)
+    num_views, (num_samples, dim) = len(bases), views[0].shape
+    first = views[0]
+    z = first.new_empty(2, num_samples, dim)
+    inverse = first.new_empty((2, num_samples) if normalize else 0)
+    lengths = first.new_empty((num_views, num_samples) if normalize else 0)
+    coefficients = first.new_empty(num_views, 2, num_samples)
+    dots = first.new_empty(2, 2, num_samples)
+    mixing = mixing.contiguous()
+    _function("embed_fused", compute_dtype)(
+        torch.get_num_threads(),
+        [view.data_ptr() for view in views],
+        [view.stride(0) for view in views],
+        num_samples,
+        dim,
+        bases,
+        mixing.data_ptr(),
+        normalize,
+        NORM_EPS,
+        z.data_ptr(),
+        inverse.data_ptr(),
+        lengths.data_ptr(),
+        coefficients.data_ptr(),
+        dots.data_ptr(),
+    )
+    return z, inverse, lengths, coefficients, dots
+
+
+def fused_gradients(
+    views: Sequence[Tensor],
+    normalize: bool,
+    z: Tensor,
+    inverse: Tensor,
+    r: Tensor,
+    towards: Tensor,
+    scale: Tensor,
+    needs_grad: Sequence[bool],
+) -> list[Tensor]:
+    """As :func:`gcl_kernels.embeddings.fused_gradients`."""
+    if any(view.dtype != z.dtype for view in views):
+        return embeddings.fused_gradients(
+            views, normalize, z, inverse, r, towards, scale, needs_grad
+        )
+    _, num_samples, dim = z.shape
+    grads = [z.new_empty((num_samples, dim) if needs else 0) for needs in needs_grad]
+    towards = towards.contiguous()
+    _function("fused_gradients", z.dtype)(
+        torch.get_num_threads(),
+        num_samples,
+        dim,
+        normalize,
+        float(scale),
+        z.data_ptr(),
+        inverse.data_ptr(),
+        r.data_ptr(),
+        towards.data_ptr(),
+        [grad.data_ptr() if needs else 0 for grad, needs in zip(grads, needs_grad, strict=True)],
+    )
+    return grads
+
+
+def fused_block_rows(problem: FusedProblem) -> int:
+    """The largest number of samples of a block's side."""
+    return FUSED_BLOCK_ROWS
+
+
+def fused_start_stats(problem: FusedProblem) -> RowStats:
+    """The statistics of empty sets of logits, one for each view and sample."""
+    return _start(problem, (len(problem.bases), problem.z_rows.shape[1]))
+
+
+def _fused_arguments(
+    problem: FusedProblem, block: Block, y: Tensor, ids: tuple[Tensor, Tensor] | None
+) -> tuple[Any, ...]:
+    return (
+        torch.get_num_threads(),
+        y.data_ptr(),
+        y.stride(2),
+        _place(block, ids, block.serves_cols and not block.diagonal),
+        [-1 if base is None else base for base in problem.bases],
+        [entry for row in problem.candidates for entry in row],
+        _scale(problem),
+        bounded(problem),
+        problem.coefficients_rows.data_ptr(),
+        problem.coefficients_rows.shape[2],
+        problem.coefficients_cols.data_ptr(),
+        problem.coefficients_cols.shape[2],
+    )
+
+
+def fused_block_stats(
+    problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
+) -> None:
+    """Fold one block over samples into the running statistics of its rows' and columns' views."""
+    y, ids = fused_products(problem, block, workspace), _ids(problem)
+    _function("fused_block_stats", problem.accum_dtype)(
+        *_fused_arguments(problem, block, y, ids),
+        rows.max.data_ptr(),
+        rows.sum.data_ptr(),
+        cols.max.data_ptr(),
+        cols.sum.data_ptr(),
+    )
+
+
+def fused_block_weights(
+    problem: FusedProblem,
+    block: Block,
+    lse_rows: Tensor,
+    lse_cols: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    inner_rows: Tensor,
+    inner_cols: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """``F`` [2, 2, P, Q] of one block over samples, valid until the next call, and its share of
+    ``U``: see ``score_fusion``."""
+    y, ids = fused_products(problem, block, workspace), _ids(problem)
+    _function("fused_block_weights", problem.accum_dtype)(
+        *_fused_arguments(problem, block, y, ids),
+        lse_rows.data_ptr(),
+        grad_rows.data_ptr(),
+        lse_cols.data_ptr(),
+        grad_cols.data_ptr(),
+        inner_rows.data_ptr(),
+        inner_cols.data_ptr(),
+        y.data_ptr(),  # in place: a chunk of y is read before its F is written
+    )
+    return y

@@ -1,0 +1,176 @@
+"""``fused_block_stats``: statistics of all V x V pairs of views from four products a tile.
+
+Views are combinations of two bases (see :class:`FusedProblem`), so a tile of samples ``J x K``
+multiplies the bases and expands the products in registers:
+
+    y_bc = <z_b^j, z_c^k>                                        b, c = 0, 1
+    x_vw = s * sum_bc coef[v,b,j] coef[w,c,k] y_bc               -inf where (j, k) is no negative
+
+    m_vj = max over w, k of x_vw      l_vj = sum over w, k of exp(x_vw - m_vj)     C[v][w] only
+    m_wk = max over v, j of x_vw      l_wk = sum over v, j of exp(x_vw - m_wk)     C[w][v] only
+
+Where ``|x| <= s <= 40`` is proved, ``m = s``: one exponential a pair of views serves both sides.
+Slots, folding and the triangle of a diagonal block are those of ``stats.py``, once for each view.
+
+Tables: float32 [V, 2 (m, l), slots, rows or columns of the block]. Statistics: float32 [V, N].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gcl_kernels.backends.triton.primitives import (
+    FINITE_MIN,
+    combine,
+    fused_products,
+    is_bounded,
+    launch,
+    load_coefficients,
+    masked,
+    needs_mask,
+    tile_ids,
+    tile_of,
+)
+from gcl_kernels.backends.triton.stats import fold, new_tables, write_slot
+from gcl_kernels.blocks import Block
+from gcl_kernels.problem import FusedProblem, RowStats
+
+
+@triton.jit
+def view_maximum(
+    of_0, of_1, coefficients, s, mask, VIEW: tl.constexpr, AXIS: tl.constexpr,
+    BASES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Finite largest logit of one view's embeddings along AXIS.
+
+    Args:
+        of_0, of_1: their products with the two bases of the other side.
+        coefficients: of the other side's views.
+    """
+    top = tl.full(of_0.shape, FINITE_MIN, tl.float32)
+    for other in tl.static_range(len(BASES)):
+        if CANDIDATES[VIEW][other]:
+            x = masked(s * combine(of_0, of_1, coefficients[other], BASES[other], AXIS), mask)
+            top = tl.maximum(top, x)
+    return tl.max(top, AXIS)
+
+
+@triton.jit
+def half_stats(
+    y, of_rows, of_cols, row_stats, s, bounded, mask,
+    BASES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """``row_stats`` (m and l of every view) with half a tile folded in, and the columns' own."""
+    V: tl.constexpr = len(BASES)
+    col_shifts = ()
+    col_sums = ()
+    for w in tl.static_range(V):
+        shift = tl.zeros((y[0].shape[1],), tl.float32) + s
+        if not bounded:
+            shift = view_maximum(
+                combine(y[0], y[1], of_cols[w], BASES[w], 1),
+                combine(y[2], y[3], of_cols[w], BASES[w], 1),
+                of_rows, s, mask, w, 0, BASES, CANDIDATES,
+            )  # fmt: skip
+        col_shifts = col_shifts + (shift,)
+        col_sums = col_sums + (tl.zeros(y[0].shape, tl.float32),)
+    new_row_stats = ()
+    for v in tl.static_range(V):
+        of_0 = combine(y[0], y[2], of_rows[v], BASES[v], 0)
+        of_1 = combine(y[1], y[3], of_rows[v], BASES[v], 0)
+        m, total = row_stats[2 * v], row_stats[2 * v + 1]
+        shift = tl.zeros_like(m) + s
+        if not bounded:
+            shift = view_maximum(of_0, of_1, of_cols, s, mask, v, 1, BASES, CANDIDATES)
+            shift = tl.maximum(m, shift)
+            total *= tl.exp(m - shift)
+        row_sum = tl.zeros(y[0].shape, tl.float32)
+        new_col_sums = ()
+        for w in tl.static_range(V):
+            col_sum = col_sums[w]
+            if CANDIDATES[v][w] or CANDIDATES[w][v]:
+                x = masked(s * combine(of_0, of_1, of_cols[w], BASES[w], 1), mask)
+                e_p = tl.exp(x - shift[:, None])
+                if CANDIDATES[v][w]:
+                    row_sum += e_p
+                if CANDIDATES[w][v]:
+                    e_q = e_p
+                    if not bounded:
+                        e_q = tl.exp(x - col_shifts[w][None, :])
+                    col_sum += e_q
+            new_col_sums = new_col_sums + (col_sum,)
+        col_sums = new_col_sums
+        new_row_stats = new_row_stats + (shift, total + tl.sum(row_sum, 1))
+    col_stats = ()
+    for w in tl.static_range(V):
+        col_stats = col_stats + (col_shifts[w], tl.sum(col_sums[w], 0))
+    return new_row_stats, col_stats
+
+
+@triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "num_cols", "id_offset",
+                               "id_period", "row_samples", "col_samples"])  # fmt: skip
+def fused_stats_kernel(
+    z_rows, z_cols, coefficients_rows, coefficients_cols, ids_rows, ids_cols, scale,
+    row_table, col_table,
+    row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
+    BASES: tl.constexpr, CANDIDATES: tl.constexpr, UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
+    TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    num_row_tiles = tl.cdiv(num_rows, TILE)
+    num_col_tiles = tl.cdiv(num_cols, TILE)
+    tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
+    first_row, first_col = tile_row * TILE, tile_col * TILE
+    rows = first_row + tl.arange(0, TILE)
+    cols = first_col + tl.arange(0, TILE)
+    s = tl.load(scale)
+    halves = fused_products(
+        z_rows, z_cols, first_row, first_col, row_start, col_start, num_rows, num_cols,
+        row_samples, col_samples, dim, TILE, TILE_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    of_rows = load_coefficients(
+        coefficients_rows, row_start, rows, num_rows, row_samples, BASES
+    )  # fmt: skip
+    needs = needs_mask(
+        ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE
+    )  # fmt: skip
+    bounded = is_bounded(s, UNIT_ROWS)
+    HALF: tl.constexpr = TILE // 2
+    row_stats = ()
+    for _ in tl.static_range(len(BASES)):
+        row_stats = row_stats + (tl.full((TILE,), FINITE_MIN, tl.float32),)
+        row_stats = row_stats + (tl.zeros((TILE,), tl.float32),)
+    for half in tl.static_range(2):
+        cols = first_col + half * HALF + tl.arange(0, HALF)
+        of_cols = load_coefficients(
+            coefficients_cols, col_start, cols, num_cols, col_samples, BASES
+        )  # fmt: skip
+        row_ids, col_ids = tile_ids(
+            ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
+            id_offset, id_period,
+        )  # fmt: skip
+        mask = (needs, rows, cols, num_rows, num_cols, row_ids, col_ids)
+        row_stats, col_stats = half_stats(
+            halves[half], of_rows, of_cols, row_stats, s, bounded, mask, BASES, CANDIDATES
+        )
+        if not DIAGONAL or tile_row != tile_col:
+            for w in tl.static_range(len(BASES)):
+                write_slot(
+                    col_table + 2 * w * num_row_tiles.to(tl.int64) * num_cols, tile_row,
+                    num_row_tiles, cols, num_cols, col_stats[2 * w], col_stats[2 * w + 1],
+                )  # fmt: skip
+    for v in tl.static_range(len(BASES)):
+        write_slot(
+            row_table + 2 * v * num_col_tiles.to(tl.int64) * num_rows, tile_col,
+            num_col_tiles, rows, num_rows, row_stats[2 * v], row_stats[2 * v + 1],
+        )  # fmt: skip
+
+
+def fused_block_stats(problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats) -> None:
+    """Two launches, as ``block_stats``."""
+    programs, tile, arguments = launch(problem, block)
+    row_table, col_table = new_tables(problem.scale, block, tile, len(problem.bases), 2)
+    with torch.cuda.device_of(problem.z_rows):
+        fused_stats_kernel[(programs,)](row_table=row_table, col_table=col_table, **arguments)
+        fold(row_table, col_table, rows, cols, block)

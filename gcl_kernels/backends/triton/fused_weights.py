@@ -1,0 +1,312 @@
+"""``fused_block_weights``: the folded weights ``F`` of a block, and what its embeddings project.
+
+One program computes the four products of a tile (see primitives) and, for every pair of views,
+
+    t_vw = <z_v^j, z_w^k> = sum_bc coef[v,b,j] coef[w,c,k] y_bc          x_vw = s * t_vw
+    H_vw = C[v][w] g_vj exp(x_vw - lse_vj) + C[w][v] g_wk exp(x_vw - lse_wk)
+
+in registers, and writes what the gradient products need:
+
+    F_bc = sum_vw coef[v,b,j] coef[w,c,k] H_vw                           in the compute dtype
+    inner_v,b,j = sum_wk H_vw <z_b^j, z_w^k>        inner_w,c,k = sum_vj H_vw <z_v^j, z_c^k>
+
+``inner`` of one tile goes to a slot of a table, and a second kernel adds the slots in their order:
+no atomics. A view that is a base needs its inner product with that base only, where
+``<z_b^j, z_w^k> = t_vw``.
+
+Views of the columns come one after the other, the combinations first: their two sums over the rows'
+views, ``G_b = sum_v coef[v,b,j] H_vw``, then cost no registers beside those of ``F``.
+
+``lse = +inf`` gives weight zero. Where ``|x| <= s <= 40`` is proved, ``exp(x - s)`` is the one
+exponential of a pair, and ``exp(s - lse)`` joins the factor ``g``.
+
+A diagonal block computes the tiles on and above its diagonal and writes the others as transposes:
+``F_bc[k, j] = F_cb[j, k]``.
+
+Inputs: lse, g float32 [V, N]. Output: [2, 2, rows, columns], rows padded to an aligned pitch;
+``inner`` float32 [V, 2, N], added to.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gcl_kernels.backends.triton.primitives import (
+    combine,
+    fused_products,
+    is_bounded,
+    launch,
+    load_coefficients,
+    masked,
+    needs_mask,
+    tile_ids,
+    tile_of,
+)
+from gcl_kernels.backends.triton.stats import (
+    FOLD_LINES,
+    FOLD_SLOTS,
+    fold_programs,
+    new_tables,
+)
+from gcl_kernels.backends.triton.weights import load_lines, sides, store_tile
+from gcl_kernels.blocks import Block
+from gcl_kernels.problem import FusedProblem, Workspace
+
+
+@triton.jit
+def shift_and_factor(lse, grad, s, bounded, start, lines, length, samples, VIEW: tl.constexpr):
+    """What a view's logits are reduced by before the exponential, and multiplied by after it."""
+    at = start + VIEW * samples.to(tl.int64)
+    shift = load_lines(lse, at, lines, length)
+    factor = load_lines(grad, at, lines, length)
+    if bounded:
+        factor *= tl.exp(s - shift)
+        shift = tl.zeros_like(shift) + s
+    return shift, factor
+
+
+@triton.jit
+def write_inner(table, line, slot, num_slots, lines, length, values):
+    """Store one tile's sums of one (view, base), which is ``line``."""
+    place = table + (line * num_slots + slot.to(tl.int64)) * length + lines
+    tl.store(place, values, mask=lines < length)
+
+
+@triton.jit
+def column_view(
+    t_0, t_1, of_rows, row_terms, shift_q, factor_q, row_inner, s, bounded, mask,
+    VIEW: tl.constexpr, BASES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """All pairs of the rows' views with one view of the columns, ``t_b = <z_b^j, z_w^k>``.
+
+    Returns ``G_0`` and ``G_1``, the sum over v of ``H_vw t_vw``, and ``row_inner`` with its share.
+    """
+    zeros = tl.zeros(t_0.shape, tl.float32)
+    g_0, g_1, ht = zeros, zeros, zeros
+    new_row_inner = ()
+    for v in tl.static_range(len(BASES)):
+        inner_0 = row_inner[2 * v]
+        inner_1 = row_inner[2 * v + 1]
+        if CANDIDATES[v][VIEW] or CANDIDATES[VIEW][v]:
+            t = combine(t_0, t_1, of_rows[v], BASES[v], 0)
+            x = masked(s * t, mask)
+            e_p = tl.exp(x - row_terms[v][0][:, None])
+            e_q = e_p
+            if not bounded:
+                e_q = tl.exp(x - shift_q[None, :])
+            h = sides(
+                row_terms[v][1][:, None] * e_p, factor_q[None, :] * e_q,
+                CANDIDATES[v][VIEW], CANDIDATES[VIEW][v],
+            )  # fmt: skip
+            ht += h * t
+            if BASES[v] is None:
+                inner_0 += tl.sum(h * t_0, 1)
+                inner_1 += tl.sum(h * t_1, 1)
+                g_0 += of_rows[v][0][:, None] * h
+                g_1 += of_rows[v][1][:, None] * h
+            elif BASES[v] == 0:
+                inner_0 += tl.sum(h * t, 1)
+                g_0 += h
+            else:
+                inner_1 += tl.sum(h * t, 1)
+                g_1 += h
+        new_row_inner = new_row_inner + (inner_0, inner_1)
+    return g_0, g_1, ht, new_row_inner
+
+
+@triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "id_offset", "id_period",
+                               "row_samples", "col_samples"])  # fmt: skip
+def fused_weights_kernel(
+    z_rows, z_cols, coefficients_rows, coefficients_cols, ids_rows, ids_cols, scale,
+    lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table, pitch,
+    row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
+    BASES: tl.constexpr, CANDIDATES: tl.constexpr, UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
+    ORDER: tl.constexpr,
+    TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    num_row_tiles = tl.cdiv(num_rows, TILE)
+    num_col_tiles = tl.cdiv(num_cols, TILE)
+    tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
+    first_row, first_col = tile_row * TILE, tile_col * TILE
+    rows = first_row + tl.arange(0, TILE)
+    cols = first_col + tl.arange(0, TILE)
+    s = tl.load(scale)
+    bounded = is_bounded(s, UNIT_ROWS)
+    halves = fused_products(
+        z_rows, z_cols, first_row, first_col, row_start, col_start, num_rows, num_cols,
+        row_samples, col_samples, dim, TILE, TILE_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    of_rows = load_coefficients(
+        coefficients_rows, row_start, rows, num_rows, row_samples, BASES
+    )  # fmt: skip
+    needs = needs_mask(
+        ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE
+    )  # fmt: skip
+    mirrored = False
+    if DIAGONAL:
+        mirrored = tile_row != tile_col
+    row_terms = ()
+    row_inner = ()
+    for v in tl.static_range(len(BASES)):
+        terms = shift_and_factor(
+            lse_rows, grad_rows, s, bounded, row_start, rows, num_rows, row_samples, v
+        )  # fmt: skip
+        row_terms = row_terms + (terms,)
+        row_inner = row_inner + (tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32))
+    HALF: tl.constexpr = TILE // 2
+    part = pitch.to(tl.int64) * num_rows
+    # Half of the columns at a time: F of all would not fit the registers beside the products.
+    for half in tl.static_range(2):
+        y_00, y_01, y_10, y_11 = halves[half]
+        cols = first_col + half * HALF + tl.arange(0, HALF)
+        of_cols = load_coefficients(
+            coefficients_cols, col_start, cols, num_cols, col_samples, BASES
+        )  # fmt: skip
+        row_ids, col_ids = tile_ids(
+            ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
+            id_offset, id_period,
+        )  # fmt: skip
+        mask = (needs, rows, cols, num_rows, num_cols, row_ids, col_ids)
+        zeros = tl.zeros((TILE, HALF), tl.float32)
+        f_00, f_01, f_10, f_11 = zeros, zeros, zeros, zeros
+        for i in tl.static_range(len(BASES)):
+            shift_q, factor_q = shift_and_factor(
+                lse_cols, grad_cols, s, bounded, col_start, cols, num_cols, col_samples, ORDER[i]
+            )  # fmt: skip
+            of_w = of_cols[ORDER[i]]
+            g_0, g_1, ht, row_inner = column_view(
+                combine(y_00, y_01, of_w, BASES[ORDER[i]], 1),
+                combine(y_10, y_11, of_w, BASES[ORDER[i]], 1),
+                of_rows, row_terms, shift_q, factor_q, row_inner, s, bounded, mask,
+                ORDER[i], BASES, CANDIDATES,
+            )  # fmt: skip
+            line = 2 * ORDER[i]
+            if BASES[ORDER[i]] is None:
+                f_00 += of_w[0][None, :] * g_0
+                f_01 += of_w[1][None, :] * g_0
+                f_10 += of_w[0][None, :] * g_1
+                f_11 += of_w[1][None, :] * g_1
+                col_0 = tl.sum(g_0 * y_00 + g_1 * y_10, 0)
+                col_1 = tl.sum(g_0 * y_01 + g_1 * y_11, 0)
+                if not DIAGONAL or mirrored:
+                    write_inner(col_table, line, tile_row, num_row_tiles, cols, num_cols, col_0)
+                    write_inner(col_table, line + 1, tile_row, num_row_tiles, cols, num_cols, col_1)
+            else:
+                if BASES[ORDER[i]] == 0:
+                    f_00 += g_0
+                    f_10 += g_1
+                else:
+                    f_01 += g_0
+                    f_11 += g_1
+                col_b = tl.sum(ht, 0)
+                if not DIAGONAL or mirrored:
+                    write_inner(
+                        col_table, line + BASES[ORDER[i]], tile_row, num_row_tiles, cols, num_cols,
+                        col_b,
+                    )  # fmt: skip
+        folded = (f_00, f_01, f_10, f_11)
+        for b in tl.static_range(2):
+            for c in tl.static_range(2):
+                f = folded[2 * b + c].to(out.dtype.element_ty)
+                store_tile(out + (2 * b + c) * part, f, rows, cols, num_rows, pitch)
+                if DIAGONAL:
+                    if mirrored:
+                        mirror = out + (2 * c + b) * part
+                        store_tile(mirror, tl.trans(f), cols, rows, num_rows, pitch)
+    for v in tl.static_range(len(BASES)):
+        for b in tl.static_range(2):
+            if BASES[v] is None or BASES[v] == b:
+                write_inner(
+                    row_table, 2 * v + b, tile_col, num_col_tiles, rows, num_rows,
+                    row_inner[2 * v + b],
+                )  # fmt: skip
+
+
+@triton.jit
+def add_slots(
+    table, line, num_slots, length, program, inner, start, samples,
+    LINES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Add all slots of LINES embeddings of one (view, base) to ``inner``."""
+    lines = program * LINES + tl.arange(0, LINES)
+    inside = lines < length
+    place = inner + line * samples.to(tl.int64) + start + lines
+    total = tl.load(place, mask=inside, other=0.0)
+    for first in range(0, num_slots, SLOTS):
+        slots = first + tl.arange(0, SLOTS)
+        entries = table + (line * num_slots.to(tl.int64) + slots)[:, None] * length + lines[None, :]
+        filled = (slots < num_slots)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(entries, mask=filled, other=0.0), 0)
+    tl.store(place, total, mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "row_slots",
+        "col_slots",
+        "row_start",
+        "col_start",
+        "num_rows",
+        "num_cols",
+        "row_samples",
+        "col_samples",
+        "row_programs",
+    ]
+)
+def inner_kernel(
+    row_table, col_table, inner_rows, inner_cols,
+    row_slots, col_slots, row_start, col_start, num_rows, num_cols, row_samples, col_samples,
+    row_programs, BASES: tl.constexpr, LINES: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The first ``row_programs`` programs add rows, the others columns; 2 view + base on axis 1."""
+    program = tl.program_id(0)
+    line = tl.program_id(1)
+    wanted = False
+    for v in tl.static_range(len(BASES)):
+        for b in tl.static_range(2):
+            if BASES[v] is None or BASES[v] == b:
+                wanted = wanted | (line == 2 * v + b)
+    if wanted:
+        if program < row_programs:
+            add_slots(row_table, line, row_slots, num_rows, program, inner_rows, row_start,
+                      row_samples, LINES, SLOTS)  # fmt: skip
+        else:
+            add_slots(col_table, line, col_slots, num_cols, program - row_programs, inner_cols,
+                      col_start, col_samples, LINES, SLOTS)  # fmt: skip
+
+
+def fused_block_weights(
+    problem: FusedProblem,
+    block: Block,
+    lse_rows: Tensor,
+    lse_cols: Tensor,
+    grad_rows: Tensor,
+    grad_cols: Tensor,
+    inner_rows: Tensor,
+    inner_cols: Tensor,
+    workspace: Workspace,
+) -> Tensor:
+    """Two launches; the result is valid until the next call with this workspace."""
+    bases = problem.bases
+    out = workspace.tile(0, (2, 2, *block.shape), problem.compute_dtype)
+    programs, tile, arguments = launch(problem, block)
+    row_table, col_table = new_tables(problem.scale, block, tile, 2 * len(bases))
+    row_programs, col_programs = fold_programs(block)
+    num_rows, num_cols = block.shape
+    with torch.cuda.device_of(out):
+        fused_weights_kernel[(programs,)](
+            lse_rows=lse_rows, lse_cols=lse_cols, grad_rows=grad_rows, grad_cols=grad_cols,
+            out=out, row_table=row_table, col_table=col_table, pitch=out.stride(2),
+            ORDER=tuple(sorted(range(len(bases)), key=lambda view: bases[view] is not None)),
+            **arguments,
+        )  # fmt: skip
+        inner_kernel[(row_programs + col_programs, 2 * len(bases))](
+            row_table, col_table, inner_rows, inner_cols,
+            row_table.shape[1], col_table.shape[1], block.row_start, block.col_start,
+            num_rows, num_cols, inner_rows.shape[2], inner_cols.shape[2], row_programs,
+            BASES=bases, LINES=FOLD_LINES, SLOTS=FOLD_SLOTS, num_warps=4,
+        )  # fmt: skip
+    return out

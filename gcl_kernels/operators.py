@@ -1,0 +1,84 @@
+"""What the operators of this package share: their library, their conventions, and when their
+bodies run directly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+LIBRARY = torch.library.Library("gcl_kernels", "DEF")
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether an operator's body may be called directly: nothing traces or differentiates it.
+
+    The dispatcher's way to a Python operator costs 25 us; a small batch's products take 50.
+    """
+    return not (
+        torch.compiler.is_compiling() or torch.is_grad_enabled() or is_in_torch_dispatch_mode()
+    ) and all(type(t) in (Tensor, torch.nn.Parameter, type(None)) for t in tensors)
+
+
+def refuse_double_backward(name: str) -> None:
+    """Make differentiating the operator ``gcl_kernels::name`` a clear error."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            "gcl_kernels: the gradient of the gradient exists with backend='reference' only"
+        )
+
+    torch.library.register_autograd(f"gcl_kernels::{name}", refuse, lib=LIBRARY)
+
+
+ABSENT = -1e38
+"""The own-sample logit of a pair that was not asked for: exp is zero, and unlike -inf it may be
+multiplied by a zero weight and leaves every logsumexp a finite term."""
+
+OwnPairs = tuple[tuple[int, int], ...]
+
+
+def unflatten(flat: Sequence[Any], width: int) -> tuple[tuple[Any, ...], ...]:
+    """Rows of ``width`` entries: an operator's arguments are flat."""
+    return tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
+
+
+def mark_absent_(own_logits: Tensor, own_pairs: Sequence[tuple[int, ...]]) -> Tensor:
+    """``own_logits`` [V, V, N] with ``ABSENT`` where the pair was not asked for."""
+    views = range(own_logits.shape[0])
+    absent = [(a, b) for a in views for b in views if (min(a, b), max(a, b)) not in own_pairs]
+    if absent == [(a, a) for a in views]:
+        own_logits.diagonal().fill_(ABSENT)  # the default: one call, where calls are the cost
+    else:
+        for a, b in absent:
+            own_logits[a, b].fill_(ABSENT)
+    return own_logits
+
+
+def known_scale(scale: Tensor, max_scale: float | None) -> float | None:
+    """The scale's value where the host has it without waiting for a device."""
+    if max_scale is None and scale.device.type == "cpu":
+        # An operator's body runs on the CPU here: it reads an operand where it lies.
+        return float(scale)
+    return max_scale
+
+
+def subtractable(neg_lse: Tensor) -> Tensor:
+    """``neg_lse`` with +inf for -inf: exp(x - inf) = 0, so that a row without a negative has no
+    weights, whatever its masked x are."""
+    return neg_lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+
+
+def weight_unit(grad: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
+    """The unit in which weights made from ``grad`` are stored; None: 1.
+
+    Weights are about 1 / M^2; below 6e-8 float16 has no numbers. At most 2 * 2^10 is far below its
+    largest.
+    """
+    if compute_dtype != torch.float16:
+        return None
+    unit = grad.abs().amax().mul_(2**-10)
+    return torch.where(unit > 0, unit, 1.0)

@@ -1,0 +1,104 @@
+"""The launches themselves, as far as the device: Triton binds the arguments of every kernel, decides
+which become constants, and compiles, with a driver that has a chip's name but no chip."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from interpreter import starts
+
+from gcl_kernels.backends import triton as backend
+from gcl_kernels.blocks import plan_blocks
+from gcl_kernels.problem import FusedProblem, Problem, Workspace
+from gcl_kernels.spec import BoolTable
+
+ALL: BoolTable = ((True,) * 3,) * 3
+CLIP: BoolTable = ((False, True), (True, False))
+
+CASES = {
+    # One sample and one dimension: Triton makes a constant of an argument that is 1.
+    "one": (1, 1, torch.bfloat16, None, ALL),
+    "ids": (40, 64, torch.float16, torch.int32, CLIP),
+    "not aligned": (37, 67, torch.float32, None, ALL),
+}
+
+
+def general(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) -> None:
+    z = torch.zeros(len(candidates) * n, d, dtype=dtype)
+    ids = None if ids_dtype is None else torch.zeros(z.shape[0], dtype=ids_dtype)
+    problem = Problem(z, z, ids, ids, torch.ones(()), None, True)
+    plan = plan_blocks(n, candidates, backend.block_rows(problem))
+    workspace, rows = Workspace(z.device, plan), torch.zeros(z.shape[0])
+    stats = backend.start_stats(problem)
+    for block in plan:
+        backend.block_stats(problem, block, stats, stats, workspace)
+        backend.block_weights(problem, block, rows, rows, rows, rows, workspace)
+
+
+def fused(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) -> None:
+    bases = (0, 1, None)[: len(candidates)]
+    z, coefficients = torch.zeros(2, n, d, dtype=dtype), torch.zeros(len(bases), 2, n)
+    ids = None if ids_dtype is None else torch.zeros(n, dtype=ids_dtype)
+    problem = FusedProblem(
+        z, z, coefficients, coefficients, bases, candidates, ids, ids, torch.ones(()), None, True
+    )
+    plan = plan_blocks(n, ((True,),), backend.fused_block_rows(problem))
+    workspace, rows = Workspace(z.device, plan), torch.zeros(len(bases), n)
+    stats = backend.fused_start_stats(problem)
+    for block in plan:
+        backend.fused_block_stats(problem, block, stats, stats, workspace)
+        backend.fused_block_weights(
+            problem, block, rows, rows, rows, rows, coefficients, coefficients, workspace
+        )
+
+
+def main(function: str, case: str) -> None:
+    """In a process of its own: launch everything on a chip that is not there."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        utils = None
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int = 0) -> int:
+            return 0
+
+    driver.set_active(Driver())
+    run, launched = JITFunction.run, []
+
+    def only_compile(self, *arguments, grid, warmup, **named):
+        launched.append(self.__name__)
+        return run(self, *arguments, grid=grid, warmup=True, **named)
+
+    JITFunction.run = only_compile
+    backend.why_not = lambda *arguments: None  # tensors stay on the CPU
+    globals()[function](*CASES[case])
+    print(*launched)
+
+
+@starts
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("function", ["general", "fused"])
+def test_launches_compile(function, case):
+    code = f"import test_triton_launch as t; t.main({function!r}, {case!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    kernels = {
+        "general": {"stats_kernel", "fold_kernel", "weights_kernel"},
+        "fused": {"fused_stats_kernel", "fold_kernel", "fused_weights_kernel", "inner_kernel"},
+    }
+    assert set(result.stdout.split()) == kernels[function]
