@@ -16,6 +16,8 @@ along because they come from the same unrounded unit vectors.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -38,7 +40,7 @@ from gcl_kernels.operators import (
     unwatched,
     weight_unit,
 )
-from gcl_kernels.problem import Problem, Workspace, add_product, product
+from gcl_kernels.problem import KeptTiles, Problem, Workspace, add_product, product
 from gcl_kernels.spec import (
     BoolTable,
     NegativesSpec,
@@ -56,12 +58,33 @@ def _make_problem(
     sample_ids: Tensor | None,
     max_scale: float | None,
     normalize: bool,
-    kept: Tensor | None,
+    candidates: list[bool],
+    kept: Tensor,
 ) -> Problem:
     rows = z.flatten(0, 1)
     max_scale = known_scale(scale, max_scale)
     ids = None if sample_ids is None else sample_ids.repeat(z.shape[0])
-    return Problem(rows, rows, ids, ids, scale, max_scale, normalize, kept)
+    tiles = KeptTiles(kept, _visited_pairs(candidates)) if kept.numel() else None
+    return Problem(rows, rows, ids, ids, scale, max_scale, normalize, tiles)
+
+
+def _visited_pairs(candidates: list[bool]) -> tuple[tuple[int, int], ...] | None:
+    """The pairs of views whose logits are needed; None: all."""
+    if all(candidates):
+        return None
+    size = math.isqrt(len(candidates))
+    pairs = itertools.combinations_with_replacement(range(size), 2)
+    return tuple((a, m) for a, m in pairs if candidates[a * size + m] or candidates[m * size + a])
+
+
+def _kept_shape(backend: str, candidates: list[bool], num_samples: int) -> tuple[int, ...]:
+    """Of the tiles that stay between the passes; no element: none."""
+    pairs = _visited_pairs(candidates)
+    if pairs is None:
+        shape = (1, *(math.isqrt(len(candidates)) * num_samples,) * 2)
+    else:
+        shape = (len(pairs), num_samples, num_samples)
+    return shape if BACKENDS[backend].module.keeps_tiles(math.prod(shape)) else (0, 0, 0)
 
 
 def _plan(
@@ -99,12 +122,9 @@ def _forward(
         views, pairs, normalize, compute_dtype, scale.dtype
     )
     num_views, num_samples, _ = z.shape
-    num_rows = num_views * num_samples
     # Zeros: the loop does not visit all of it, and an operator's result must not be left to chance.
-    kept = scale.new_zeros((num_rows if module.keeps_tiles(num_rows, num_rows) else 0,) * 2)
-    problem = _make_problem(
-        z, scale, sample_ids, max_scale, normalize, kept if kept.numel() else None
-    )
+    kept = scale.new_zeros(_kept_shape(backend, candidates, num_samples))
+    problem = _make_problem(z, scale, sample_ids, max_scale, normalize, candidates, kept)
     plan = _plan(backend, problem, num_samples, candidates, num_views, per_view=False)
     workspace = Workspace(z.device, plan)
     stats = module.start_stats(problem)
@@ -184,9 +204,7 @@ def _backward(
     num_views, num_samples, _ = z.shape
     needs_scale = needs_grad[num_views]
     needs_all = all(needs_grad[:num_views])
-    problem = _make_problem(
-        z, scale, sample_ids, max_scale, normalize, kept if kept.numel() else None
-    )
+    problem = _make_problem(z, scale, sample_ids, max_scale, normalize, candidates, kept)
     plan = _plan(backend, problem, num_samples, candidates, num_views, per_view=not needs_all)
     lse = subtractable(neg_lse.flatten())
     grad = grad_neg_lse.flatten().contiguous()
@@ -238,12 +256,10 @@ def _forward_fake(
     backend: str,
 ) -> tuple[Tensor, ...]:
     num_views, (num_samples, dim) = len(views), views[0].shape
-    num_rows = num_views * num_samples
     neg_lse = scale.new_empty(num_views, num_samples)
     own = scale.new_empty(num_views, num_views, num_samples)
     z = scale.new_empty(num_views, num_samples, dim, dtype=compute_dtype)
-    keeps = BACKENDS[backend].module.keeps_tiles(num_rows, num_rows)
-    kept = scale.new_empty((num_rows if keeps else 0,) * 2)
+    kept = scale.new_empty(_kept_shape(backend, candidates, num_samples))
     norm = scale.new_empty((num_views, num_samples) if normalize else 0)
     return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept
 

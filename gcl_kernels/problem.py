@@ -18,6 +18,29 @@ from gcl_kernels.spec import HALF_DTYPES, BoolTable
 
 
 @dataclass(frozen=True)
+class KeptTiles:
+    """Where a small problem's tiles stay between the passes, which saves the second product.
+
+    Attributes:
+        matrices: [1, M, M] where every view is every other's candidate, and blocks may span views;
+            else [pairs, N, N], one for each visited pair of views. What it holds is the backend's.
+        pairs: the visited pairs, or None.
+    """
+
+    matrices: Tensor
+    pairs: tuple[tuple[int, int], ...] | None
+
+    def tile(self, block: Block) -> Tensor:
+        if self.pairs is None:
+            return self.matrices[0, block.rows, block.cols]
+        size = self.matrices.shape[1]
+        a, m = block.row_start // size, block.col_start // size
+        rows = slice(block.row_start - a * size, block.row_stop - a * size)
+        cols = slice(block.col_start - m * size, block.col_stop - m * size)
+        return self.matrices[self.pairs.index((a, m)), rows, cols]
+
+
+@dataclass(frozen=True)
 class Problem:
     """The inputs of a pass.
 
@@ -28,8 +51,7 @@ class Problem:
         scale: logit scale, 0-d, in the accumulation dtype.
         max_scale: its value where the host knows it: given as a number, or in a CPU's own memory.
         unit_rows: every row has length 1 or 0.
-        kept: None, or [M_rows, M_cols] in the accumulation dtype where a small problem's tiles stay
-            between the passes, which saves the second product. What they hold is the backend's.
+        kept: tiles in the accumulation dtype that stay between the passes, or None.
     """
 
     z_rows: Tensor
@@ -39,7 +61,7 @@ class Problem:
     scale: Tensor
     max_scale: float | None
     unit_rows: bool
-    kept: Tensor | None = None
+    kept: KeptTiles | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -42,8 +42,9 @@ BLOCK_ROWS = 512
 """Here 384 took 8 % longer, 768 as long, measured."""
 
 KEPT_ELEMENTS = 1024 * 1024
-"""4 MiB of float32: at N <= 341 of three views the second product is a quarter to a third of all
-floating-point operations, and nothing of size M x M is held beyond this constant."""
+"""4 MiB of float32: at N <= 341 of three views, or N <= 1024 of CLIP's image-text pair, the second
+product is a quarter to a third of all floating-point operations, and nothing of the size of the
+matrix is held beyond this constant."""
 
 FUSED_BLOCK_ROWS = 256
 """Samples of a block's side in score fusion: four tiles of 256 x 256 take 1 MiB. 128 took 1.4 times
@@ -71,9 +72,9 @@ def block_rows(problem: Problem) -> int:
     return BLOCK_ROWS
 
 
-def keeps_tiles(num_rows: int, num_cols: int) -> bool:
-    """Whether tiles of a problem of this size stay in memory between the passes."""
-    return num_rows * num_cols <= KEPT_ELEMENTS
+def keeps_tiles(num_elements: int) -> bool:
+    """Whether tiles of a problem of this many logits stay in memory between the passes."""
+    return num_elements <= KEPT_ELEMENTS
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
@@ -121,7 +122,7 @@ def start_stats(problem: Problem) -> RowStats:
 
 def _dots(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
     if problem.kept is not None:
-        return problem.kept[block.rows, block.cols]
+        return problem.kept.tile(block)
     return workspace.tile(0, block.shape, problem.accum_dtype)
 
 

@@ -39,8 +39,9 @@ FUSED_BLOCK_ROWS = {"cpu": 192, "default": 2048}
 stays at 3 MB on a CPU and 340 MB on a GPU."""
 
 KEPT_ELEMENTS = 1024 * 1024
-"""4 MiB of float32: at N <= 341 of three views the second product is a quarter to a third of all
-floating-point operations, and nothing of size M x M is held beyond this constant."""
+"""4 MiB of float32: at N <= 341 of three views, or N <= 1024 of CLIP's image-text pair, the second
+product is a quarter to a third of all floating-point operations, and nothing of the size of the
+matrix is held beyond this constant."""
 
 
 def why_unavailable() -> str | None:
@@ -58,14 +59,14 @@ def block_rows(problem: Problem) -> int:
     return BLOCK_ROWS.get(problem.z_rows.device.type, BLOCK_ROWS["default"])
 
 
-def keeps_tiles(num_rows: int, num_cols: int) -> bool:
-    """Whether tiles of a problem of this size stay in memory between the passes."""
-    return num_rows * num_cols <= KEPT_ELEMENTS
+def keeps_tiles(num_elements: int) -> bool:
+    """Whether tiles of a problem of this many logits stay in memory between the passes."""
+    return num_elements <= KEPT_ELEMENTS
 
 
 def _tile(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
     if problem.kept is not None:
-        return problem.kept[block.rows, block.cols]
+        return problem.kept.tile(block)
     return workspace.tile(0, block.shape, problem.accum_dtype)
 
 

@@ -81,7 +81,7 @@ def _check(problem: Problem | FusedProblem) -> None:
         raise RuntimeError(f"backend: 'triton' cannot serve this call: {reason}")
 
 
-def keeps_tiles(num_rows: int, num_cols: int) -> bool:
+def keeps_tiles(num_elements: int) -> bool:
     """False: recomputing a small tile costs less than its way through memory and one launch."""
     return False
 
