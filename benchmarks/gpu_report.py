@@ -56,7 +56,7 @@ DENSE_BYTES_PER_LOGIT = 24
 """What dense autograd holds at its peak per logit, with bfloat16 inputs; a peer is skipped where
 this does not fit."""
 
-SLOWEST = {"ours": 0.05, "peer": 0.02}
+SLOWEST = {"ours": 0.15, "peer": 0.05}
 """Share of the floor's rate that a first step is assumed to reach when it is asked whether it still
 fits the time."""
 

@@ -85,7 +85,7 @@ def peers(task: str, backend: str = "auto") -> dict[str, Callable[..., Tensor]]:
             "dense eager": on_sum(dense_gcl),
             "dense torch.compile": torch.compile(on_sum(dense_gcl)),
             "chunked checkpoint": on_sum(chunked_gcl),
-            "gcl_kernels, sum given": on_sum(loss),
+            "sum given": on_sum(loss),
             "gcl_kernels": lambda e_i, e_t, scale: loss(e_i, e_t, None, scale),
         }
     return {

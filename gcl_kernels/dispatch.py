@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gcl_kernels import embeddings
-from gcl_kernels.backends import cpu, reference, tiled, triton
+from gcl_kernels.backends import cpu, cuda, reference, tiled, triton
 from gcl_kernels.spec import check_choice
 
 ENVIRONMENT_VARIABLE = "GCL_KERNELS_BACKEND"
@@ -56,9 +56,10 @@ BACKENDS: dict[str, Backend] = {
         cpu.fused_gradients,
     ),
     "triton": Backend(triton, triton.why_unavailable, triton.why_not),
+    "cuda": Backend(cuda, cuda.why_unavailable, cuda.why_not),
 }
 
-_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton",)}
+_PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 """What ``auto`` tries on a type of device, in this order, before ``tiled``, which serves all."""
 
 

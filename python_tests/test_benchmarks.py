@@ -12,7 +12,7 @@ from benchmarks import gpu_report, table
 from benchmarks.peers import peers, training_step
 
 
-@pytest.mark.parametrize("task", ["gcl", "clip"])
+@pytest.mark.parametrize("task", ["gcl", "fused", "clip"])
 def test_peers_agree(task):
     losses = {}
     for name, function in peers(task).items():
