@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -64,11 +65,12 @@ def _make_problem(
     rows = z.flatten(0, 1)
     max_scale = known_scale(scale, max_scale)
     ids = None if sample_ids is None else sample_ids.repeat(z.shape[0])
-    tiles = KeptTiles(kept, _visited_pairs(candidates)) if kept.numel() else None
+    tiles = KeptTiles(kept, _visited_pairs(tuple(candidates))) if kept.numel() else None
     return Problem(rows, rows, ids, ids, scale, max_scale, normalize, tiles)
 
 
-def _visited_pairs(candidates: list[bool]) -> tuple[tuple[int, int], ...] | None:
+@lru_cache(maxsize=256)
+def _visited_pairs(candidates: tuple[bool, ...]) -> tuple[tuple[int, int], ...] | None:
     """The pairs of views whose logits are needed; None: all."""
     if all(candidates):
         return None
@@ -79,7 +81,7 @@ def _visited_pairs(candidates: list[bool]) -> tuple[tuple[int, int], ...] | None
 
 def _kept_shape(backend: str, candidates: list[bool], num_samples: int) -> tuple[int, ...]:
     """Of the tiles that stay between the passes; no element: none."""
-    pairs = _visited_pairs(candidates)
+    pairs = _visited_pairs(tuple(candidates))
     if pairs is None:
         shape = (1, *(math.isqrt(len(candidates)) * num_samples,) * 2)
     else:

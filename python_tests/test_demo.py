@@ -26,8 +26,9 @@ from examples.emoji_retrieval.drawings import drawing_paths, load_drawings  # no
 from examples.emoji_retrieval.evaluate import CUTOFFS, MODALITIES, ranks, task_recalls  # noqa: E402
 from examples.emoji_retrieval.inventory import alike, distinct_keywords, load_concepts, words  # noqa: E402
 from examples.emoji_retrieval.model import create_model, create_tokenizer  # noqa: E402
-from examples.emoji_retrieval.run import parse, run, run_from_command_line  # noqa: E402
+from examples.emoji_retrieval.run import TIMED, parse, run, run_from_command_line  # noqa: E402
 from examples.emoji_retrieval.split import NEAR_DUPLICATE, drawing_distances, name_rule  # noqa: E402
+from examples.emoji_retrieval.train import train  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +152,22 @@ def test_both_losses_start_from_the_same_weights():
     assert not torch.equal(first["text_projection"], other["text_projection"])
 
 
+def test_gcl_trains_by_score_fusion_as_by_fused_features(data, monkeypatch):
+    """Three steps have the losses that they have where the model fuses."""
+    config = parse(["--steps", "3", "--batch-size", "16", "--device", "cpu"]).train["GCL"]
+    config = dataclasses.replace(config, validations=1)
+    few = dataclasses.replace(data, split=dataclasses.replace(data.split, val=data.split.val[:12]))
+    by_score_fusion, history = train("GCL", 0, config, few, create_tokenizer())
+    assert by_score_fusion.fuse_in_loss
+    monkeypatch.setattr(
+        "examples.emoji_retrieval.train.create_model",
+        lambda seed, temperature, learnt, fuse_in_loss: create_model(seed, temperature, learnt),
+    )
+    by_model, expected = train("GCL", 0, config, few, create_tokenizer())
+    assert not by_model.fuse_in_loss
+    np.testing.assert_allclose(history.loss, expected.loss, rtol=1e-4)
+
+
 def brute_force_rank(scores: list[float], positive: int, excluded: list[bool]) -> int:
     rank = 1
     for candidate, score in enumerate(scores):
@@ -257,7 +274,12 @@ def test_short_run_writes_everything(data, tmp_path, capsys, monkeypatch):
     assert saved["recall"]["GCL"]["global"]["mean"] == results["recall"]["GCL"]["global"]["mean"]
     assert np.shape(saved["recall"]["CL"]["local"]["per_seed"]) == (2, 3, 3, len(CUTOFFS))
     assert len(saved["histories"]["CL"][1]["loss"]) == 3
-    assert "GCL \u2212 CL" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "GCL \u2212 CL" in printed
+    assert set(saved["loss share of a step"]) == set(TIMED)
+    for name, share in saved["loss share of a step"].items():
+        assert 0 < share["share"] < 1
+        assert f"{name}: {1e3 * share['loss_seconds']:.1f} ms" in printed
 
 
 def test_missing_package_is_named(monkeypatch):

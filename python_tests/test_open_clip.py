@@ -251,6 +251,67 @@ def test_fusion_weights():
             tiny_clip(cls=gcl.FusedCLIP, fusion_weights=wrong)
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.25, 2.0)])
+@pytest.mark.parametrize("cls", [gcl.FusedCLIP, gcl.FusedCustomTextCLIP])
+def test_fusing_in_the_loss_changes_no_number(cls, weights):
+    """The loss and every parameter's gradient are those of `fused_features`."""
+    model = tiny_clip(cls=cls, output_dict=True, fusion_weights=weights).double().train()
+    image, text = tiny_batch(n=9)
+    image = image.double()
+    results = []
+    for fuse_in_loss in (False, True):
+        model.fuse_in_loss = fuse_in_loss
+        model.zero_grad()
+        loss = gcl.GCLLoss(fusion_weights=weights)(**model(image, text))
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    assert all(grad is not None for grad in results[0][1].values())
+    # Double precision: the float32 default would let a wrong term of small gradients pass.
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    unequal = gcl.GCLLoss(fusion_weights=(1.0, 3.0))(**model(image, text))
+    assert abs(unequal - results[0][0]) > 1e-4  # the loss's weights count, not the model's
+
+
+def test_fusing_in_the_loss_is_for_training():
+    plain = tiny_clip().eval()
+    model = gcl.FusedCLIP.from_clip(plain, fuse_in_loss=True)
+    model.output_dict = True
+    other = gcl.FusedCLIP.from_clip(plain)
+    other.output_dict = True
+    image, text = tiny_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(model(image, text), other(image, text), rtol=0, atol=0)
+        model.train()
+        both = model(image, text)
+        assert sorted(both) == ["image_features", "logit_scale", "text_features"]
+        torch.testing.assert_close(both["image_features"], model.encode_image(image))
+        torch.testing.assert_close(both["text_features"], model.encode_text(text))
+        for inputs in ({"image": image}, {"text": text}):
+            torch.testing.assert_close(model(**inputs), other.train()(**inputs), rtol=0, atol=0)
+        model.output_dict = False
+        for ours, theirs in zip(model(image, text), plain.train()(image, text), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_raw_half_embeddings(dtype):
+    """Their lengths, whose squares are beyond float16, and their sum are taken in float32."""
+    image, text, scale = (x.detach() for x in embeddings())
+    features = [(100 * x).to(dtype).requires_grad_() for x in (image, text)]
+    loss = gcl.GCLLoss()(*features, scale.float())
+    loss.backward()
+    assert loss.dtype == torch.float32
+    exact_features = [x.detach().double().requires_grad_() for x in features]
+    exact = gcl.GCLLoss()(*exact_features, scale)
+    exact.backward()
+    # Off CUDA half types compute in float32: nothing but the gradients' own rounding is lost.
+    torch.testing.assert_close(loss, exact.float(), rtol=1e-5, atol=0)
+    for ours, expected in zip(features, exact_features, strict=True):
+        torch.testing.assert_close(
+            ours.grad.double(), expected.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-7
+        )
+
+
 def test_from_clip_shares_the_weights_and_leaves_the_model():
     plain = tiny_clip().eval()
     before = dict(plain.__dict__)
@@ -304,21 +365,24 @@ def test_create_model_and_transforms(tiny_config, tmp_path):
     assert type(model) is gcl.FusedCLIP and model.fusion_weights == (1, 2)
     assert len(transforms) == 2
     assert torch.equal(model.visual.proj, tiny_clip(seed=7).visual.proj)
-    assert "fused_features" in model(*tiny_batch())
+    assert not model.fuse_in_loss and "fused_features" in model(*tiny_batch())
 
-    custom, *_ = gcl.create_model_and_transforms(tiny_config, force_custom_text=True)
-    assert type(custom) is gcl.FusedCustomTextCLIP
+    custom, *_ = gcl.create_model_and_transforms(
+        tiny_config, force_custom_text=True, fuse_in_loss=True
+    )
+    assert type(custom) is gcl.FusedCustomTextCLIP and custom.fuse_in_loss
 
 
 # open_clip's conventions
 
 
-def test_accumulation_as_in_open_clips_loop():
+@pytest.mark.parametrize("fuse_in_loss", [False, True])
+def test_accumulation_as_in_open_clips_loop(fuse_in_loss):
     """`accum_freq` batches, each with gradients in turn: together, those of the whole batch.
 
     Except for `logit_scale`, which open_clip's loop counts once for each batch.
     """
-    model = tiny_clip(cls=gcl.FusedCLIP, output_dict=True)
+    model = tiny_clip(cls=gcl.FusedCLIP, output_dict=True, fuse_in_loss=fuse_in_loss)
     loss = gcl.GCLLoss()
     image, text = tiny_batch(n=8)
     loss(**model(image, text), output_dict=True)["contrastive_loss"].backward()
@@ -335,7 +399,7 @@ def test_accumulation_as_in_open_clips_loop():
             key: torch.cat([out[key] if i == j else c[key] for i, c in enumerate(cached)])
             for key in out
         }
-        assert "fused_features" in inputs
+        assert ("fused_features" in inputs) == (not fuse_in_loss)
         loss(**inputs, logit_scale=scale, output_dict=True)["contrastive_loss"].backward()
     for name, p in model.named_parameters():
         times = 2 if name == "logit_scale" else 1
@@ -357,10 +421,14 @@ class TaskOf4x(torch.nn.Module):
         return losses
 
 
-@pytest.mark.parametrize("cls", [open_clip.CLIP, gcl.FusedCLIP])
-def test_the_task_of_4x_eager_and_compiled(cls):
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(open_clip.CLIP, {}), (gcl.FusedCLIP, {}), (gcl.FusedCLIP, {"fuse_in_loss": True})],
+)
+def test_the_task_of_4x_eager_and_compiled(cls, options):
     """With --torchcompile, 4.x compiles the model and the loss together."""
-    task = TaskOf4x(tiny_clip(cls=cls, output_dict=True, init_logit_bias=-10.0), gcl.GCLLoss())
+    model = tiny_clip(cls=cls, output_dict=True, init_logit_bias=-10.0, **options)
+    task = TaskOf4x(model, gcl.GCLLoss())
     image, text = tiny_batch()
     # aot_eager traces and differentiates as the default compiler does, without code generation
     compiled = torch.compile(task, backend="aot_eager")
@@ -444,17 +512,26 @@ def program(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize(
-    ("fused", "accum_freq", "precision"),
-    [(False, 1, "fp32"), (True, 1, "amp"), (False, 2, "amp_bf16"), (True, 2, "fp32")],
+    ("model_options", "accum_freq", "precision"),
+    [
+        (None, 1, "fp32"),
+        ({"fusion_weights": (1.0, 1.0)}, 1, "amp"),
+        (None, 2, "amp_bf16"),
+        ({"fusion_weights": (1.0, 1.0)}, 2, "fp32"),
+        ({"fuse_in_loss": True}, 2, "amp"),
+    ],
 )
 def test_open_clips_program_trains(
-    program, tiny_config, emoji_csv, tmp_path, monkeypatch, fused, accum_freq, precision
+    program, tiny_config, emoji_csv, tmp_path, monkeypatch, model_options, accum_freq, precision
 ):
+    fused = model_options is not None
+    in_loss = fused and "fuse_in_loss" in model_options
     called = []
 
     class Recorded(gcl.GCLLoss):
         def forward(self, *args, **kwargs):
-            called.append(sorted(kwargs))
+            lengths = kwargs["image_features"].detach().float().norm(dim=1)
+            called.append(("fused_features" in kwargs, (lengths - 1).abs().max() < 0.01))
             return super().forward(*args, **kwargs)
 
     monkeypatch.setattr(gcl, "GCLLoss", Recorded)
@@ -463,7 +540,7 @@ def test_open_clips_program_trains(
         monkeypatch.setattr(
             program,
             "create_model_and_transforms",
-            functools.partial(gcl.create_model_and_transforms, fusion_weights=(1.0, 1.0)),
+            functools.partial(gcl.create_model_and_transforms, **model_options),
         )
     epochs = 5
     program.main(
@@ -477,7 +554,8 @@ def test_open_clips_program_trains(
     log = (tmp_path / "run" / "out.log").read_text()
     logged = [float(value) for value in re.findall(r"Contrastive_loss: ([\d.]+)", log)]
     assert len(logged) == epochs * 160 // 32
-    assert all(("fused_features" in keys) == fused for keys in called)
+    assert all(given == (fused and not in_loss) for given, unit_length in called)
+    assert all(unit_length == (not in_loss) for given, unit_length in called)
     assert len(called) == accum_freq * len(logged)
     # log(95): the loss of a model that cannot tell the 3 * 32 - 1 candidates of a row apart
     assert logged[-1] < 0.8 * min(logged[0], math.log(95)), logged

@@ -27,8 +27,9 @@ using Address = uintptr_t;
 constexpr int64_t strip_rows = 32;
 constexpr int64_t fused_strip_rows = 8;
 constexpr int64_t padding = 16;
-// Less work than this is done before another thread has woken up.
+// Less work than this is done before another thread has woken up: logits, and numbers to copy.
 constexpr int64_t parallel_elements = 16384;
+constexpr int64_t parallel_copies = 131072;
 
 template <class T>
 T* at(Address address, int64_t offset = 0) {
@@ -149,7 +150,7 @@ static void block_weights(int threads, Address dots, int64_t stride, const py::t
 template <class F>
 static void for_samples(int64_t samples, int64_t elements, int threads, const F& body) {
   py::gil_scoped_release release;
-  const int64_t parts = elements < 2 * parallel_elements ? 1 : threads;
+  const int64_t parts = elements < parallel_copies ? 1 : threads;
   for_each_strip(parts, threads, parts > 1, [&](int64_t part) {
     body(samples * part / parts, samples * (part + 1) / parts);
   });

@@ -16,7 +16,9 @@ from .data import Tokenizer
 CONFIG = json.loads(Path(__file__).with_name("tiny_emoji_clip.json").read_text(encoding="utf-8"))
 
 
-def create_model(seed: int, temperature: float, learn_temperature: bool = True) -> FusedCLIP:
+def create_model(
+    seed: int, temperature: float, learn_temperature: bool = True, fuse_in_loss: bool = False
+) -> FusedCLIP:
     """Build the model; the same seed gives the same initial weights.
 
     Parameters
@@ -27,9 +29,11 @@ def create_model(seed: int, temperature: float, learn_temperature: bool = True) 
         Initial temperature of the loss, ``1 / exp(logit_scale)``.
     learn_temperature
         Whether ``logit_scale`` is trained, as CLIP does.
+    fuse_in_loss
+        Whether the loss makes the fused embeddings in training, or the model.
     """
     torch.manual_seed(seed)
-    model = FusedCLIP(**CONFIG, output_dict=True)
+    model = FusedCLIP(**CONFIG, output_dict=True, fuse_in_loss=fuse_in_loss)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(1 / temperature))
     model.logit_scale.requires_grad_(learn_temperature)
