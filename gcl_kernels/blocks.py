@@ -55,6 +55,18 @@ class Block:
     def shape(self) -> tuple[int, int]:
         return self.row_stop - self.row_start, self.col_stop - self.col_start
 
+    @property
+    def id_diagonals(self) -> tuple[int, int]:
+        """``(id_offset, id_period)`` such that ``j - i = id_offset (mod id_period)`` holds in the
+        block exactly on its ``same_sample_offsets``: what a kernel takes instead of the list."""
+        rows, cols = self.shape
+        offsets = self.same_sample_offsets
+        if not offsets:
+            # j - i is at most cols - 1 and at least 1 - rows = cols + 1 - id_period.
+            return cols, rows + cols
+        period = offsets[1] - offsets[0] if len(offsets) > 1 else rows + cols
+        return offsets[0] % period, period
+
 
 def _same_sample_offsets(
     row_start: int, row_stop: int, col_start: int, col_stop: int, num_samples: int

@@ -65,3 +65,17 @@ def test_halved_diagonal():
 
 def test_the_plan_is_stable():
     assert plan_blocks(50, TABLES[0], 16) == plan_blocks.__wrapped__(50, TABLES[0], 16)
+
+
+def test_id_diagonals_are_the_same_sample_offsets():
+    for num_samples, table, block_rows in itertools.product(
+        (1, 2, 16, 37, 70, 150, 400), TABLES[:2], (48, 160, 8192)
+    ):
+        for block in plan_blocks(num_samples, table, block_rows):
+            offset, period = block.id_diagonals
+            rows = torch.arange(block.row_start, block.row_stop)
+            cols = torch.arange(block.col_start, block.col_stop)
+            same = (rows[:, None] - cols[None, :]) % num_samples == 0
+            i, j = torch.arange(len(rows)), torch.arange(len(cols))
+            assert torch.equal((i[:, None] + offset) % period == j[None, :] % period, same), block
+            assert offset >= 0 < period

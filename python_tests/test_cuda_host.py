@@ -81,28 +81,6 @@ SELECTED = "test_cuda_host or (cuda and not ragged and not subset)"
 # --- The tensor side -----------------------------------------------------------------------------
 
 
-def blocks_of_many_shapes() -> list[tuple[Block, int]]:
-    """(block, number of samples)."""
-    return [
-        (block, num_samples)
-        for num_samples in (1, 2, 16, 37, 70, 150, 400)
-        for candidates in (((True,) * 3,) * 3, ((False, True), (True, False)))
-        for block_rows in (48, 160, 8192)
-        for block in plan_blocks(num_samples, candidates, block_rows)
-    ]
-
-
-def test_id_diagonals_are_the_blocks_own():
-    for block, num_samples in blocks_of_many_shapes():
-        offset, period = backend.id_diagonals(block)
-        rows = torch.arange(block.row_start, block.row_stop)
-        cols = torch.arange(block.col_start, block.col_stop)
-        same = (rows[:, None] - cols[None, :]) % num_samples == 0
-        i, j = torch.arange(len(rows)), torch.arange(len(cols))
-        assert torch.equal((i[:, None] + offset) % period == j[None, :] % period, same), block
-        assert offset >= 0 < period
-
-
 def test_calls_that_it_cannot_serve():
     reason = backend.why_not(torch.device("cuda"), torch.float64)
     assert reason is not None and "float64" in reason

@@ -115,6 +115,19 @@ def test_tile_choice():
     assert tiles.num_tiles(257, 257, True, 128) == 6
 
 
+@pytest.mark.parametrize("leading", [(), (2, 2)])
+@pytest.mark.parametrize("cols", [1, 16, 37])
+def test_rows_of_the_workspace_are_aligned(cols, leading):
+    block = Block(0, 5, 0, cols, True, True, False, ())
+    workspace = Workspace(torch.device("cpu"), [block])
+    shape = (*leading, *block.shape)
+    tile = workspace.tile(0, shape, torch.bfloat16)
+    assert tile.shape == shape and tile.stride(-1) == 1
+    for row in tile.flatten(0, -2) if not leading else tile[1, 1]:
+        assert row.data_ptr() % 32 == 0
+    assert workspace.tile(0, shape, torch.bfloat16).data_ptr() == tile.data_ptr()
+
+
 def run_python(code: str, **environment: str) -> str:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
@@ -163,20 +176,6 @@ def blocks_of_many_shapes() -> list[tuple[Block, int]]:
         for block_rows in (48, 160, 8192)
         for block in plan_blocks(num_samples, candidates, block_rows)
     ]
-
-
-@runs
-def test_id_diagonals_are_the_blocks_own():
-    from gcl_kernels.backends.triton.primitives import id_diagonals
-
-    for block, num_samples in blocks_of_many_shapes():
-        offset, period = id_diagonals(block)
-        rows = torch.arange(block.row_start, block.row_stop)
-        cols = torch.arange(block.col_start, block.col_stop)
-        same = (rows[:, None] - cols[None, :]) % num_samples == 0
-        i, j = torch.arange(len(rows)), torch.arange(len(cols))
-        assert torch.equal((i[:, None] + offset) % period == j[None, :] % period, same), block
-        assert offset >= 0 < period
 
 
 if HAS_TRITON:
@@ -245,8 +244,6 @@ def test_programs_that_run_together_share_operands(diagonal):
 
 @runs
 def test_tiles_are_visited_once_and_masked_where_equal_ids_can_be():
-    from gcl_kernels.backends.triton.primitives import id_diagonals
-
     size = 16
     unmasked = 0
     for block, num_samples in blocks_of_many_shapes():
@@ -255,7 +252,7 @@ def test_tiles_are_visited_once_and_masked_where_equal_ids_can_be():
         count = tiles.num_tiles(*block.shape, block.diagonal, size)
         out = torch.full((count, 3), -1, dtype=torch.int32, device=DEVICE)
         geometry_kernel[(count,)](
-            out, *(-(-length // size) for length in block.shape), *id_diagonals(block),
+            out, *(-(-length // size) for length in block.shape), *block.id_diagonals,
             DIAGONAL=block.diagonal, TILE=size,
         )  # fmt: skip
         visited = {(row, col): bool(masked) for row, col, masked in out.tolist()}

@@ -42,8 +42,6 @@ def worth_compiling(variant: Variant) -> bool:
     # Small tiles take the same bytes of either type, and blocks on the diagonal more than others.
     if variant.row == "small" and variant.dtype == torch.float32:
         return False
-    if variant.kernel.startswith("fused") and variant.dtype == torch.float32:
-        return variant.row == "fma" or variant.chip in ("sm_90", "gfx942")
     return variant.diagonal or variant.chip == "sm_90"
 
 
@@ -56,6 +54,9 @@ def chosen() -> list[Variant]:
             kept.append(Variant(kernel, chip, "large", half, ids=True, dim=80))
             kept.append(Variant(kernel, chip, "small", half, ids=True, dim=67))
         kept.append(Variant(kernel, "sm_90", "large", torch.float16, diagonal=False))
+    for kernel in ("fused_stats", "fused_weights"):
+        for chip in ("sm_90", "gfx942"):
+            kept.append(Variant(kernel, chip, "large", torch.float32))
     return kept
 
 

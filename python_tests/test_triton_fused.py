@@ -23,6 +23,7 @@ from interpreter import (
 )
 from torch import Tensor
 
+import gcl_kernels
 from gcl_kernels.backends import triton as backend
 from gcl_kernels.backends.triton import tiles
 from gcl_kernels.blocks import Block, plan_blocks
@@ -336,3 +337,50 @@ def test_no_access_out_of_bounds_and_no_race(name, dtype):
             checked = run_both(CASES[name], dtype)
         assert len(set(memory.launches)) == 4
         assert_same_bits(plain, checked)
+
+
+# --- Losses, against the reference backend in float64 --------------------------------------------
+
+
+def loss_and_gradients(
+    embeddings: list[Tensor], weights: tuple[float, float], scale: float, name: str, options: dict
+) -> list[Tensor]:
+    dtype = torch.float64 if name == "reference" else torch.float32
+    kind = {"dtype": dtype, "device": DEVICE, "requires_grad": True}
+    leaves = [e.detach().to(DEVICE, dtype).requires_grad_() for e in embeddings]
+    mixing = [torch.tensor(weight, **kind) for weight in weights]
+    logit_scale = torch.tensor(scale, **kind)
+    loss = gcl_kernels.gcl_loss(
+        *leaves, logit_scale=logit_scale, fusion_weights=mixing, backend=name, **options
+    )
+    loss.backward()
+    return [loss.detach(), *(leaf.grad for leaf in (*leaves, *mixing, logit_scale))]
+
+
+LOSSES: dict[str, tuple[int, int, float, tuple[float, float], dict]] = {
+    # name: N, D, scale, fusion weights, options
+    "default": (90, 40, 20.0, (1.0, 1.0), {}),
+    "difference": (90, 33, 100.0, (0.7, -1.3), {}),
+    "ids": (66, 20, 50.0, (1.0, 0.5), {"sample_ids": torch.arange(66) // 3}),
+    "candidates": (
+        50, 24, 60.0, (1.0, 1.0), {"candidates": [[0, 1, 1], [1, 0, 1], [1, 1, 0]]},
+    ),
+    "one sample": (1, 8, 20.0, (1.0, 1.0), {}),
+}  # fmt: skip
+
+
+@runs
+@pytest.mark.parametrize("block_rows", [32, 4096])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name, block_rows, monkeypatch):
+    monkeypatch.setattr(backend, "FUSED_BLOCK_ROWS", block_rows)
+    n, d, scale, weights, options = LOSSES[name]
+    options = {key: v.to(DEVICE) if isinstance(v, Tensor) else v for key, v in options.items()}
+    generator = torch.Generator().manual_seed(3)
+    embeddings = [torch.randn(n, d, generator=generator) for _ in range(2)]
+    exact, single, got = (
+        loss_and_gradients(embeddings, weights, scale, backend_name, options)
+        for backend_name in ("reference", "tiled", "triton")
+    )
+    for index, (g, s, e) in enumerate(zip(got, single, exact, strict=True)):
+        assert error(g, e) <= 2 * error(s, e) + 8 * scale * UNIT, index

@@ -1,5 +1,6 @@
-"""The launches themselves, as far as the device: Triton binds the arguments of every kernel, decides
-which become constants, and compiles, with a driver that has a chip's name but no chip."""
+"""The launches themselves, as far as the device: Triton binds the arguments of every kernel,
+decides which become constants, and compiles, with a driver that has a chip's name but no chip.
+"""
 
 from __future__ import annotations
 

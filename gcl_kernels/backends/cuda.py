@@ -113,18 +113,6 @@ def _start(problem: Problem | FusedProblem, shape: tuple[int, ...]) -> RowStats:
     return RowStats(max=torch.full_like(sums, torch.finfo(sums.dtype).min), sum=sums)
 
 
-def id_diagonals(block: Block) -> tuple[int, int]:
-    """``(id_offset, id_period)`` such that ``j - i = id_offset (mod id_period)`` holds in the block
-    exactly on its ``same_sample_offsets``."""
-    rows, cols = block.shape
-    offsets = block.same_sample_offsets
-    if not offsets:
-        # j - i is at most cols - 1 and at least 1 - rows = cols + 1 - id_period.
-        return cols, rows + cols
-    period = offsets[1] - offsets[0] if len(offsets) > 1 else rows + cols
-    return offsets[0] % period, period
-
-
 def _product(dtype: torch.dtype) -> Any:
     if dtype == torch.float32:
         ieee = torch.get_float32_matmul_precision() == "highest"
@@ -156,7 +144,7 @@ class _Call:
             ids_rows, ids_cols = ids_rows.to(torch.int64), ids_cols.to(torch.int64)
         # Tensors whose addresses the extension has; a launch must find them alive.
         self._z, self._ids = z, (ids_rows, ids_cols)
-        id_offset, id_period = id_diagonals(block)
+        id_offset, id_period = block.id_diagonals
         self.block = _cuda.Block(
             rows=_side(z, ids_rows, block.rows),
             cols=_side(problem.z_cols, ids_cols, block.cols),

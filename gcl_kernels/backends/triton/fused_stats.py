@@ -15,6 +15,9 @@ Slots, folding and the triangle of a diagonal block are those of ``stats.py``, o
 Tables: float32 [V, 2 (m, l), slots, rows or columns of the block]. Statistics: float32 [V, N].
 """
 
+# Device code builds its tuples one entry at a time.
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 import torch

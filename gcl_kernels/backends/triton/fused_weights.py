@@ -27,6 +27,9 @@ Inputs: lse, g float32 [V, N]. Output: [2, 2, rows, columns], rows padded to an 
 ``inner`` float32 [V, 2, N], added to.
 """
 
+# Device code builds its tuples one entry at a time.
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 import torch

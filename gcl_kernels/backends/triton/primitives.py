@@ -13,6 +13,9 @@ are the diagonals ``j - i = id_offset (mod id_period)``, that is, row ``i`` carr
 diagonal crosses, and that lies inside the block, is not masked at all.
 """
 
+# Device code builds its tuples one entry at a time.
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 from typing import Any
@@ -261,18 +264,6 @@ def is_bounded(scale, UNIT_ROWS: tl.constexpr):
     return UNIT_ROWS & (scale >= 0) & (scale <= MAX_BOUNDED_SCALE)
 
 
-def id_diagonals(block: Block) -> tuple[int, int]:
-    """``(id_offset, id_period)`` such that ``j - i = id_offset (mod id_period)`` holds in the block
-    exactly on its ``same_sample_offsets``."""
-    rows, cols = block.shape
-    offsets = block.same_sample_offsets
-    if not offsets:
-        # j - i is at most cols - 1 and at least 1 - rows = cols + 1 - id_period.
-        return cols, rows + cols
-    period = offsets[1] - offsets[0] if len(offsets) > 1 else rows + cols
-    return offsets[0] % period, period
-
-
 def launch(problem: Problem | FusedProblem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
     """Programs, tile, and the arguments that all kernels over the tiles of a block share."""
     z_rows = problem.z_rows
@@ -287,7 +278,7 @@ def launch(problem: Problem | FusedProblem, block: Block) -> tuple[int, Tile, di
     fused = isinstance(problem, FusedProblem)
     tile = pick_tile(chip, ieee and is_float32, dim, rows, cols, block.diagonal, fused)
     tile_k = tile.slice_elements(z_rows.dtype)
-    id_offset, id_period = id_diagonals(block)
+    id_offset, id_period = block.id_diagonals
     arguments = {
         "z_rows": z_rows,
         "z_cols": problem.z_cols,

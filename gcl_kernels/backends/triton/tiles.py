@@ -134,8 +134,9 @@ _FUSED_SMALL = _fused(
     "HMMA, which small batches and rows that are not aligned can afford",
 )  # fmt: skip
 _FUSED_SMALL_AMD = _fused(
-    32, 8, 2, "a quarter of the area where the large are few; with 4 wavefronts up to 308 registers"
-)
+    32, 2, 2, "a quarter of the area where the large are few; two 32 x 32 products of MFMA are two "
+    "wavefronts' work, which more of them would repeat",
+)  # fmt: skip
 _FUSED_FMA = _fused(32, 8, 3, "64 x 64 products, as fma above", slice_bytes=64)
 
 FUSED_TILES: dict[tuple[str, str], Tile] = {
