@@ -46,9 +46,8 @@ KEPT_ELEMENTS = 1024 * 1024
 product is a quarter to a third of all floating-point operations, and nothing of the size of the
 matrix is held beyond this constant."""
 
-FUSED_BLOCK_ROWS = 256
-"""Samples of a block's side in score fusion: four tiles of 256 x 256 take 1 MiB. 128 took 1.4 times
-as long, measured."""
+FUSED_BLOCK_ROWS = 512
+"""Samples of a block's side in score fusion. 256 took 10 % longer, measured."""
 
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
