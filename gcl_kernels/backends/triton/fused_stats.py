@@ -57,7 +57,8 @@ def view_maximum(
         if CANDIDATES[VIEW][other]:
             x = masked(s * combine(of_0, of_1, coefficients[other], BASES[other], AXIS), mask)
             top = tl.maximum(top, x)
-    return tl.max(top, AXIS)
+    # tl.max here is what Triton 3.6 cannot translate for AMD.
+    return -tl.min(-top, AXIS)
 
 
 @triton.jit
