@@ -3,14 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILT_FROM := pyproject.toml setup.py build_extensions.py $(wildcard csrc/cpu/*)
 
+INTERPRETED := $(patsubst %,python_tests/test_%.py,contract score_fusion triton triton_fused)
+
 .PHONY: test lint demo bench kernels-report gpu-report clean
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-	# The same contract for the Triton kernels, in Triton's interpreter (5: no Triton here).
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 \
-		python_tests/test_contract.py -k triton || [ $$? -eq 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k "not in_the_interpreter"
+	# Triton's kernels, in Triton's interpreter (5: no Triton here).
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(INTERPRETED) \
+		-k triton || [ $$? -eq 5 ]
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

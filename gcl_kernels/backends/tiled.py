@@ -34,9 +34,9 @@ BLOCK_ROWS = {"cpu": 384, "default": 4096}
 """Largest rows of a block. 384: the block's 0.6 MB stay in a core's L2 cache (1 MiB here), and the
 products already run at full rate, measured; 4096: fills a large GPU, workspace below 256 MiB."""
 
-FUSED_BLOCK_ROWS = {"cpu": 192, "default": 2048}
+FUSED_BLOCK_ROWS = {"cpu": 192, "default": 1536}
 """Largest samples of a block's side in score fusion, which holds some twenty tiles: its workspace
-stays at 3 MB on a CPU and 340 MB on a GPU."""
+stays at 3 MB on a CPU and below 256 MiB elsewhere."""
 
 KEPT_ELEMENTS = 1024 * 1024
 """4 MiB of float32: at N <= 341 of three views, or N <= 1024 of CLIP's image-text pair, the second
