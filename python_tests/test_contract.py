@@ -89,11 +89,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("n", [2, 7, 33, 150])
+@pytest.mark.parametrize("n", [2, 7, 33, 180])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_options(backend, device, tiling, options, n):
-    if n == 150 and tiling == "ragged":
-        pytest.skip("150 samples are several blocks as shipped")
+    if n == 180 and (tiling == "ragged" or backend not in ("tiled", "cpu")):
+        pytest.skip("180 samples are several of tiled's and cpu's blocks as shipped")
     check(random_views(n, 19, device), 14.3, backend=backend, **options)
 
 
@@ -231,8 +231,8 @@ def test_reductions_agree(backend, device):
 @pytest.mark.parametrize("candidates", [None, [[1, 0, 1], [1, 1, 0], [1, 1, 1]]])
 def test_subset_of_inputs_needs_gradients(backend, device, tiling, needs, candidates):
     """The gradient is the same for any subset, and none appears for the rest."""
-    # 150 samples: several blocks whose tiles are kept.
-    views = [v.float() for v in random_views(21 if tiling == "ragged" else 150, 9, device)]
+    # 180 samples: several blocks whose tiles are kept.
+    views = [v.float() for v in random_views(21 if tiling == "ragged" else 180, 9, device)]
 
     def grads(which):
         tensors = [v.clone().requires_grad_(n) for v, n in zip(views, which, strict=False)]
