@@ -26,7 +26,7 @@ from gcl_kernels.backends.triton.tiles import CHIPS, FUSED_TILES, TILES, Tile
 
 TILE_KERNELS = ("stats", "weights", "fused_stats", "fused_weights")
 FOLDS = ("fold", "inner")
-GCL_VIEWS = {"BASES": (0, 1, None), "CANDIDATES": ((True,) * 3,) * 3, "ORDER": (2, 0, 1)}
+GCL_VIEWS = {"BASES": (0, 1, None), "CANDIDATES": ((True,) * 3,) * 3}
 """What fused kernels are compiled for: image, text, and their sum."""
 
 TRITON_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}

@@ -57,6 +57,9 @@ def chosen() -> list[Variant]:
     for kernel in ("fused_stats", "fused_weights"):
         for chip in ("sm_90", "gfx942"):
             kept.append(Variant(kernel, chip, "large", torch.float32))
+    for chip in CHIPS:
+        # It fills the registers without ids already.
+        kept.append(Variant("fused_weights", chip, "large", half, ids=True))
     return kept
 
 
@@ -78,9 +81,7 @@ def test_every_row_is_compiled():
 @pytest.mark.parametrize("variant", CHOSEN, ids=str)
 def test_resources(variant, resources):
     used, chip, tile = resources[variant], CHIPS[variant.chip], variant.tile
-    # Triton 3.6 has one exception, eight words that local memory holds.
-    old = triton_version() < (3, 8) and str(variant).startswith("fused_weights-sm_100-large")
-    assert used.spill_bytes <= (32 if old else 0)
+    assert used.spill_bytes == 0
     assert used.registers <= 255
     assert used.shared_bytes <= chip.shared_bytes
     assert (used.exponentials > 0) == (variant.kernel != "inner")
@@ -96,7 +97,7 @@ def test_resources(variant, resources):
         assert used.shared_bytes <= tile.shared_bytes(chip) + 2 * KIB
 
 
-@pytest.mark.skipif(triton_version() < (3, 8), reason="Triton 3.6 takes up to 225 registers here")
+@pytest.mark.skipif(triton_version() < (3, 8), reason="Triton 3.6 takes up to 208 registers here")
 def test_two_large_programs_share_the_registers_of_sm_90_off_the_diagonal(resources):
     checked = [
         32 * TILES["sm_90", "large"].warps * used.registers

@@ -27,13 +27,11 @@ import triton.language as tl
 from gcl_kernels.backends.triton.primitives import (
     FINITE_MIN,
     combine,
-    fused_products,
+    fused_tile,
+    half_columns,
     is_bounded,
     launch,
-    load_coefficients,
     masked,
-    needs_mask,
-    tile_ids,
     tile_of,
 )
 from gcl_kernels.backends.triton.stats import fold, new_tables, write_slot
@@ -125,38 +123,25 @@ def fused_stats_kernel(
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
-    first_row, first_col = tile_row * TILE, tile_col * TILE
-    rows = first_row + tl.arange(0, TILE)
-    cols = first_col + tl.arange(0, TILE)
     s = tl.load(scale)
-    halves = fused_products(
-        z_rows, z_cols, first_row, first_col, row_start, col_start, num_rows, num_cols,
-        row_samples, col_samples, dim, TILE, TILE_K, EVEN_K, PRECISION,
-    )  # fmt: skip
-    of_rows = load_coefficients(
-        coefficients_rows, row_start, rows, num_rows, row_samples, BASES
-    )  # fmt: skip
-    needs = needs_mask(
-        ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE
+    rows, of_rows, products, needs = fused_tile(
+        z_rows, z_cols, coefficients_rows, ids_rows, tile_row, tile_col,
+        row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim,
+        id_offset, id_period, BASES, TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
     bounded = is_bounded(s, UNIT_ROWS)
-    HALF: tl.constexpr = TILE // 2
     row_stats = ()
     for _ in tl.static_range(len(BASES)):
         row_stats = row_stats + (tl.full((TILE,), FINITE_MIN, tl.float32),)
         row_stats = row_stats + (tl.zeros((TILE,), tl.float32),)
     for half in tl.static_range(2):
-        cols = first_col + half * HALF + tl.arange(0, HALF)
-        of_cols = load_coefficients(
-            coefficients_cols, col_start, cols, num_cols, col_samples, BASES
+        cols, of_cols, mask = half_columns(
+            half, rows, needs, coefficients_cols, ids_rows, ids_cols, tile_col,
+            row_start, col_start, num_rows, num_cols, col_samples, id_offset, id_period,
+            BASES, TILE,
         )  # fmt: skip
-        row_ids, col_ids = tile_ids(
-            ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
-            id_offset, id_period,
-        )  # fmt: skip
-        mask = (needs, rows, cols, num_rows, num_cols, row_ids, col_ids)
         row_stats, col_stats = half_stats(
-            halves[half], of_rows, of_cols, row_stats, s, bounded, mask, BASES, CANDIDATES
+            products[half], of_rows, of_cols, row_stats, s, bounded, mask, BASES, CANDIDATES
         )
         if not DIAGONAL or tile_row != tile_col:
             for w in tl.static_range(len(BASES)):

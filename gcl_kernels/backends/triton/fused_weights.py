@@ -15,7 +15,9 @@ no atomics. A view that is a base needs its inner product with that base only, w
 ``<z_b^j, z_w^k> = t_vw``.
 
 Views of the columns come one after the other, the combinations first: their two sums over the rows'
-views, ``G_b = sum_v coef[v,b,j] H_vw``, then cost no registers beside those of ``F``.
+views, ``G_b = sum_v coef[v,b,j] H_vw``, then cost no registers beside those of ``F``. A view that
+is base ``c`` adds its ``G_b`` to ``F_bc`` in place; ``F_0c`` and ``F_1c`` are written before the
+views of the other base begin, which can then have their registers.
 
 ``lse = +inf`` gives weight zero. Where ``|x| <= s <= 40`` is proved, ``exp(x - s)`` is the one
 exponential of a pair, and ``exp(s - lse)`` joins the factor ``g``.
@@ -39,13 +41,11 @@ from torch import Tensor
 
 from gcl_kernels.backends.triton.primitives import (
     combine,
-    fused_products,
+    fused_tile,
+    half_columns,
     is_bounded,
     launch,
-    load_coefficients,
     masked,
-    needs_mask,
-    tile_ids,
     tile_of,
 )
 from gcl_kernels.backends.triton.stats import (
@@ -80,15 +80,15 @@ def write_inner(table, line, slot, num_slots, lines, length, values):
 
 @triton.jit
 def column_view(
-    t_0, t_1, of_rows, row_terms, shift_q, factor_q, row_inner, s, bounded, mask,
+    t_0, t_1, g_0, g_1, of_rows, row_terms, shift_q, factor_q, row_inner, s, bounded, mask,
     VIEW: tl.constexpr, BASES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """All pairs of the rows' views with one view of the columns, ``t_b = <z_b^j, z_w^k>``.
 
-    Returns ``G_0`` and ``G_1``, the sum over v of ``H_vw t_vw``, and ``row_inner`` with its share.
+    Returns ``g_0`` and ``g_1`` with ``G_0`` and ``G_1`` added, the sum over v of ``H_vw t_vw``, and
+    ``row_inner`` with its share.
     """
-    zeros = tl.zeros(t_0.shape, tl.float32)
-    g_0, g_1, ht = zeros, zeros, zeros
+    ht = tl.zeros(t_0.shape, tl.float32)
     new_row_inner = ()
     for v in tl.static_range(len(BASES)):
         inner_0 = row_inner[2 * v]
@@ -127,26 +127,17 @@ def fused_weights_kernel(
     lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table, pitch,
     row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
     BASES: tl.constexpr, CANDIDATES: tl.constexpr, UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
-    ORDER: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
-    first_row, first_col = tile_row * TILE, tile_col * TILE
-    rows = first_row + tl.arange(0, TILE)
-    cols = first_col + tl.arange(0, TILE)
     s = tl.load(scale)
     bounded = is_bounded(s, UNIT_ROWS)
-    halves = fused_products(
-        z_rows, z_cols, first_row, first_col, row_start, col_start, num_rows, num_cols,
-        row_samples, col_samples, dim, TILE, TILE_K, EVEN_K, PRECISION,
-    )  # fmt: skip
-    of_rows = load_coefficients(
-        coefficients_rows, row_start, rows, num_rows, row_samples, BASES
-    )  # fmt: skip
-    needs = needs_mask(
-        ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE
+    rows, of_rows, products, needs = fused_tile(
+        z_rows, z_cols, coefficients_rows, ids_rows, tile_row, tile_col,
+        row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim,
+        id_offset, id_period, BASES, TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
     mirrored = False
     if DIAGONAL:
@@ -159,66 +150,66 @@ def fused_weights_kernel(
         )  # fmt: skip
         row_terms = row_terms + (terms,)
         row_inner = row_inner + (tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32))
-    HALF: tl.constexpr = TILE // 2
     part = pitch.to(tl.int64) * num_rows
     # Half of the columns at a time: F of all would not fit the registers beside the products.
     for half in tl.static_range(2):
-        y_00, y_01, y_10, y_11 = halves[half]
-        cols = first_col + half * HALF + tl.arange(0, HALF)
-        of_cols = load_coefficients(
-            coefficients_cols, col_start, cols, num_cols, col_samples, BASES
+        cols, of_cols, mask = half_columns(
+            half, rows, needs, coefficients_cols, ids_rows, ids_cols, tile_col,
+            row_start, col_start, num_rows, num_cols, col_samples, id_offset, id_period,
+            BASES, TILE,
         )  # fmt: skip
-        row_ids, col_ids = tile_ids(
-            ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
-            id_offset, id_period,
-        )  # fmt: skip
-        mask = (needs, rows, cols, num_rows, num_cols, row_ids, col_ids)
-        zeros = tl.zeros((TILE, HALF), tl.float32)
+        y_00, y_01, y_10, y_11 = products[half]
+        zeros = tl.zeros(y_00.shape, tl.float32)
         f_00, f_01, f_10, f_11 = zeros, zeros, zeros, zeros
-        for i in tl.static_range(len(BASES)):
-            shift_q, factor_q = shift_and_factor(
-                lse_cols, grad_cols, s, bounded, col_start, cols, num_cols, col_samples, ORDER[i]
-            )  # fmt: skip
-            of_w = of_cols[ORDER[i]]
-            g_0, g_1, ht, row_inner = column_view(
-                combine(y_00, y_01, of_w, BASES[ORDER[i]], 1),
-                combine(y_10, y_11, of_w, BASES[ORDER[i]], 1),
-                of_rows, row_terms, shift_q, factor_q, row_inner, s, bounded, mask,
-                ORDER[i], BASES, CANDIDATES,
-            )  # fmt: skip
-            line = 2 * ORDER[i]
-            if BASES[ORDER[i]] is None:
-                f_00 += of_w[0][None, :] * g_0
-                f_01 += of_w[1][None, :] * g_0
-                f_10 += of_w[0][None, :] * g_1
-                f_11 += of_w[1][None, :] * g_1
+        for w in tl.static_range(len(BASES)):
+            if BASES[w] is None:
+                shift_q, factor_q = shift_and_factor(
+                    lse_cols, grad_cols, s, bounded, col_start, cols, num_cols, col_samples, w
+                )  # fmt: skip
+                g_0, g_1, _, row_inner = column_view(
+                    combine(y_00, y_01, of_cols[w], None, 1),
+                    combine(y_10, y_11, of_cols[w], None, 1),
+                    zeros, zeros, of_rows, row_terms, shift_q, factor_q, row_inner, s, bounded,
+                    mask, w, BASES, CANDIDATES,
+                )  # fmt: skip
+                f_00 += of_cols[w][0][None, :] * g_0
+                f_01 += of_cols[w][1][None, :] * g_0
+                f_10 += of_cols[w][0][None, :] * g_1
+                f_11 += of_cols[w][1][None, :] * g_1
                 col_0 = tl.sum(g_0 * y_00 + g_1 * y_10, 0)
                 col_1 = tl.sum(g_0 * y_01 + g_1 * y_11, 0)
                 if not DIAGONAL or mirrored:
-                    write_inner(col_table, line, tile_row, num_row_tiles, cols, num_cols, col_0)
-                    write_inner(col_table, line + 1, tile_row, num_row_tiles, cols, num_cols, col_1)
-            else:
-                if BASES[ORDER[i]] == 0:
-                    f_00 += g_0
-                    f_10 += g_1
-                else:
-                    f_01 += g_0
-                    f_11 += g_1
-                col_b = tl.sum(ht, 0)
-                if not DIAGONAL or mirrored:
+                    write_inner(col_table, 2 * w, tile_row, num_row_tiles, cols, num_cols, col_0)
                     write_inner(
-                        col_table, line + BASES[ORDER[i]], tile_row, num_row_tiles, cols, num_cols,
-                        col_b,
+                        col_table, 2 * w + 1, tile_row, num_row_tiles, cols, num_cols, col_1
                     )  # fmt: skip
-        folded = (f_00, f_01, f_10, f_11)
-        for b in tl.static_range(2):
-            for c in tl.static_range(2):
-                f = folded[2 * b + c].to(out.dtype.element_ty)
-                store_tile(out + (2 * b + c) * part, f, rows, cols, num_rows, pitch)
-                if DIAGONAL:
-                    if mirrored:
-                        mirror = out + (2 * c + b) * part
-                        store_tile(mirror, tl.trans(f), cols, rows, num_rows, pitch)
+        folded = ((f_00, f_10), (f_01, f_11))
+        of_base = ((y_00, y_10), (y_01, y_11))
+        for c in tl.static_range(2):
+            f_0, f_1 = folded[c]
+            for w in tl.static_range(len(BASES)):
+                if BASES[w] == c:
+                    shift_q, factor_q = shift_and_factor(
+                        lse_cols, grad_cols, s, bounded, col_start, cols, num_cols, col_samples, w
+                    )  # fmt: skip
+                    f_0, f_1, ht, row_inner = column_view(
+                        of_base[c][0], of_base[c][1], f_0, f_1, of_rows, row_terms,
+                        shift_q, factor_q, row_inner, s, bounded, mask, w, BASES, CANDIDATES,
+                    )  # fmt: skip
+                    col_c = tl.sum(ht, 0)
+                    if not DIAGONAL or mirrored:
+                        write_inner(
+                            col_table, 2 * w + c, tile_row, num_row_tiles, cols, num_cols, col_c
+                        )  # fmt: skip
+            f_0 = f_0.to(out.dtype.element_ty)
+            f_1 = f_1.to(out.dtype.element_ty)
+            store_tile(out + c * part, f_0, rows, cols, num_rows, pitch)
+            store_tile(out + (2 + c) * part, f_1, rows, cols, num_rows, pitch)
+            if DIAGONAL:
+                if mirrored:
+                    mirror = out + 2 * c * part
+                    store_tile(mirror, tl.trans(f_0), cols, rows, num_rows, pitch)
+                    store_tile(mirror + part, tl.trans(f_1), cols, rows, num_rows, pitch)
     for v in tl.static_range(len(BASES)):
         for b in tl.static_range(2):
             if BASES[v] is None or BASES[v] == b:
@@ -303,7 +294,6 @@ def fused_block_weights(
         fused_weights_kernel[(programs,)](
             lse_rows=lse_rows, lse_cols=lse_cols, grad_rows=grad_rows, grad_cols=grad_cols,
             out=out, row_table=row_table, col_table=col_table, pitch=out.stride(2),
-            ORDER=tuple(sorted(range(len(bases)), key=lambda view: bases[view] is not None)),
             **arguments,
         )  # fmt: skip
         inner_kernel[(row_programs + col_programs, 2 * len(bases))](

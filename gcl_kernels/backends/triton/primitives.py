@@ -244,6 +244,44 @@ def load_coefficients(coefficients, start, lines, length, samples, BASES: tl.con
 
 
 @triton.jit
+def fused_tile(
+    z_rows, z_cols, coefficients_rows, ids_rows, tile_row, tile_col,
+    row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
+    BASES: tl.constexpr,
+    TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: its rows and their coefficients, the products of either half of its columns, and
+    whether it needs a mask."""
+    first_row, first_col = tile_row * TILE, tile_col * TILE
+    rows = first_row + tl.arange(0, TILE)
+    products = fused_products(
+        z_rows, z_cols, first_row, first_col, row_start, col_start, num_rows, num_cols,
+        row_samples, col_samples, dim, TILE, TILE_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    of_rows = load_coefficients(coefficients_rows, row_start, rows, num_rows, row_samples, BASES)
+    needs = needs_mask(
+        ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE
+    )  # fmt: skip
+    return rows, of_rows, products, needs
+
+
+@triton.jit
+def half_columns(
+    half, rows, needs, coefficients_cols, ids_rows, ids_cols, tile_col,
+    row_start, col_start, num_rows, num_cols, col_samples, id_offset, id_period,
+    BASES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Of half of a tile's columns: their numbers and coefficients, and what ``masked`` takes."""
+    cols = tile_col * TILE + half * (TILE // 2) + tl.arange(0, TILE // 2)
+    of_cols = load_coefficients(coefficients_cols, col_start, cols, num_cols, col_samples, BASES)
+    row_ids, col_ids = tile_ids(
+        ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
+        id_offset, id_period,
+    )  # fmt: skip
+    return cols, of_cols, (needs, rows, cols, num_rows, num_cols, row_ids, col_ids)
+
+
+@triton.jit
 def combine(of_0, of_1, coefficients, BASE: tl.constexpr, AXIS: tl.constexpr):
     """A view's tile from those of its bases: coefficients run along AXIS."""
     if BASE == 0:

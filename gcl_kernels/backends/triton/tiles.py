@@ -103,7 +103,7 @@ TILES: dict[tuple[str, str], Tile] = {
     ("sm_89", "fma"): _FMA,
     ("sm_90", "large"): Tile(
         128, 128, 8, 3, "3 buffers of 32 KiB: room for two programs, so that one can multiply "
-        "while the other exponentiates; with Triton 3.8 registers fit too. 3.6 takes up to 236: "
+        "while the other exponentiates; with Triton 3.8 registers fit too. 3.6 takes up to 208: "
         "one program, since a limit of 128 spills 264 bytes and tiles of 64 double the reads",
     ),
     ("sm_90", "small"): _SMALL,
