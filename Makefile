@@ -3,13 +3,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILT_FROM := pyproject.toml setup.py build_extensions.py $(wildcard csrc/cpu/*)
 
-INTERPRETED := $(patsubst %,python_tests/test_%.py,contract score_fusion triton triton_fused)
+INTERPRETED := $(patsubst %,python_tests/test_%.py,contract score_fusion kernels triton triton_fused)
+
+# Of the packages installed, most modules are never imported: each is compiled when it first is.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: test lint demo bench kernels-report gpu-report clean
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k "not in_the_interpreter"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		-k "not in_the_interpreter"
 	# Triton's kernels, in Triton's interpreter (5: no Triton here).
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 $(INTERPRETED) \
 		-k triton || [ $$? -eq 5 ]
@@ -40,7 +44,7 @@ $(VENV)/bin/python:
 
 # Without the CUDA extension, which a test builds for itself; GCL_KERNELS_CUDA=1 installs it too.
 $(VENV)/.%: $(BUILT_FROM) | $(VENV)/bin/python
-	GCL_KERNELS_CUDA=$${GCL_KERNELS_CUDA:-0} $(BIN)/python -m pip install -q -e ".[$*]"
+	GCL_KERNELS_CUDA=$${GCL_KERNELS_CUDA:-0} $(BIN)/python -m pip install -q --no-compile -e ".[$*]"
 	touch $@
 
 clean:

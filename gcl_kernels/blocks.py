@@ -55,6 +55,11 @@ class Block:
     def shape(self) -> tuple[int, int]:
         return self.row_stop - self.row_start, self.col_stop - self.col_start
 
+    def covers(self, num_rows: int) -> bool:
+        """Whether its rows and columns are all the rows there are."""
+        rows, cols = self.shape
+        return (rows if self.diagonal else rows + cols) == num_rows
+
     @property
     def id_diagonals(self) -> tuple[int, int]:
         """``(id_offset, id_period)`` such that ``j - i = id_offset (mod id_period)`` holds in the

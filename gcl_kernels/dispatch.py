@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gcl_kernels import embeddings
+from gcl_kernels import embeddings, problem
 from gcl_kernels.backends import cpu, cuda, reference, tiled, triton
 from gcl_kernels.spec import check_choice
 
@@ -26,8 +27,11 @@ class Backend:
         module: its block functions (``reference`` has none: it is dense).
         why_unavailable: None where it can run on this machine, else the reason.
         why_not: None where it serves tensors of this device and compute dtype, else the reason.
+        keeps_tiles: a small problem's tiles stay in memory between the passes (on a GPU recomputing
+            one costs less than its way through memory and one launch).
         halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
             plan then cuts these blocks finer.
+        product, add_product: matrix products, PyTorch's or its own.
         embed, embed_backward, embed_fused, fused_gradients: the O(M D) side of its problems:
             PyTorch's, or its own.
     """
@@ -35,7 +39,10 @@ class Backend:
     module: ModuleType
     why_unavailable: Callable[[], str | None]
     why_not: Callable[[torch.device, torch.dtype], str | None]
+    keeps_tiles: bool = False
     halves_diagonal: bool = False
+    product: Callable[[Tensor, Tensor, Tensor], Tensor] = problem.product
+    add_product: Callable[[Tensor, Tensor, Tensor], None] = problem.add_product
     embed: Callable[..., Any] = embeddings.embed
     embed_backward: Callable[..., Any] = embeddings.embed_backward
     embed_fused: Callable[..., Any] = embeddings.embed_fused
@@ -44,12 +51,15 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(reference, reference.why_unavailable, reference.why_not),
-    "tiled": Backend(tiled, tiled.why_unavailable, tiled.why_not, True),
+    "tiled": Backend(tiled, tiled.why_unavailable, tiled.why_not, True, True),
     "cpu": Backend(
         cpu,
         cpu.why_unavailable,
         cpu.why_not,
         True,
+        cpu.HALVES_DIAGONAL,
+        cpu.product,
+        cpu.add_product,
         cpu.embed,
         cpu.embed_backward,
         cpu.embed_fused,

@@ -8,7 +8,8 @@ vectors. Backward, from ``hz = H z`` and ``d own = dL/d own``, with ``K_ab = d o
     dL/de_a = (dL/dz_a - <dL/dz_a, z_a> z_a) / |e_a|            (no projection where |e| < eps)
 
 ``<dL/dz_a, z_a> = s q_a + sum_b K_ab own_ab`` needs no pass of its own beyond
-``q_a = <(H z)_a, z_a>``, which gives the scale's gradient too: ``dL/ds = 1/2 sum q``.
+``q_a = <(H z)_a, z_a>``, which gives the scale's gradient too: ``dL/ds = 1/2 sum q`` and the own
+logits' share.
 Rows pass in chunks, so that no second float32 copy of all embeddings exists.
 """
 
@@ -21,9 +22,25 @@ from torch import Tensor
 
 from gcl_kernels.spec import NORM_EPS
 
+ABSENT = -1e38
+"""The own-sample logit of a pair that was not asked for: exp is zero, and unlike -inf it may be
+multiplied by a zero weight and leaves every logsumexp a finite term."""
+
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "default": 1 << 22}
 """Elements per view and chunk: 1 MiB of float32 stays in a CPU's cache; 16 MiB fill a GPU, and the
 few chunks that exist at once stay far below the accumulator."""
+
+
+def mark_absent_(own_logits: Tensor, own_pairs: Sequence[tuple[int, ...]]) -> Tensor:
+    """``own_logits`` [V, V, N] with ``ABSENT`` where the pair was not asked for."""
+    views = range(own_logits.shape[0])
+    absent = [(a, b) for a in views for b in views if (min(a, b), max(a, b)) not in own_pairs]
+    if absent == [(a, a) for a in views]:
+        own_logits.diagonal().fill_(ABSENT)  # the default: one call, where calls are the cost
+    else:
+        for a, b in absent:
+            own_logits[a, b].fill_(ABSENT)
+    return own_logits
 
 
 def _chunks(num_samples: int, dim: int, device: torch.device) -> list[slice]:
@@ -57,16 +74,17 @@ def embed(
     own_pairs: Sequence[tuple[int, int]],
     normalize: bool,
     compute_dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns ``z`` [V, N, D], ``norm`` and ``1 / max(norm, eps)`` [V, N] (both empty without
-    ``normalize``), and ``own`` [V, V, N] (zero where not asked for).
+    ``normalize``), ``own`` [V, V, N] (zero where not asked for), and the own-sample logits
+    ``scale * own`` (``ABSENT`` there). ``scale`` is in the accumulation dtype.
 
     An infinite embedding gives NaN: as it is, its logits of -inf would pass for candidates of
     weight zero.
     """
     num_views, (num_samples, dim) = len(views), views[0].shape
-    device = views[0].device
+    device, accum_dtype = views[0].device, scale.dtype
     if all(view.dtype == compute_dtype for view in views) and compute_dtype == accum_dtype:
         z = torch.stack(list(views))
         if normalize:
@@ -107,7 +125,8 @@ def embed(
             for b in range(num_views)
         ]
     )
-    return z, norm, inverse, own.view(num_views, num_views, num_samples)
+    own = own.view(num_views, num_views, num_samples)
+    return z, norm, inverse, own, mark_absent_(own * scale, own_pairs)
 
 
 def embed_backward(
@@ -118,14 +137,14 @@ def embed_backward(
     inverse: Tensor,
     own: Tensor,
     hz: Tensor,
-    grad_own: Tensor,
+    grad_own_logits: Tensor,
     scale: Tensor,
     needs_grad: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the views that need one (others: empty), and the sum of ``<z_a, (H z)_a>``.
+    """Gradients of the views that need one (others: empty), and the scale's.
 
     ``hz`` [V, N, D] is in the accumulation dtype and is overwritten. Views whose gradient is not
-    needed are neither read from it nor counted in the sum.
+    needed are not read from it: their ``<z_a, (H z)_a>`` is missing in the scale's gradient.
     """
     num_views, num_samples, dim = z.shape
     if all(needs_grad):
@@ -133,6 +152,7 @@ def embed_backward(
     else:
         groups = [slice(v, v + 1) for v in range(num_views) if needs_grad[v]]
     inner = hz.new_zeros(num_views, num_samples)
+    grad_own = grad_own_logits * scale
     coefficients = grad_own + grad_own.transpose(0, 1)
     if normalize:
         along_own = (coefficients * own).sum(1)
@@ -153,7 +173,7 @@ def embed_backward(
         part.to(view.dtype, copy=True) if needs else part.new_empty(0)
         for part, view, needs in zip(hz.unbind(0), views, needs_grad, strict=True)
     ]
-    return grads, inner.sum()
+    return grads, inner.sum().mul_(0.5).add_((grad_own_logits * own).sum())
 
 
 def embed_fused(

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.negatives import negatives, prepare
-from gcl_kernels.operators import ABSENT
 from gcl_kernels.score_fusion import fused_negatives
 from gcl_kernels.spec import (
     DEFAULT_TEMPERATURE,
@@ -40,11 +40,10 @@ def _table(rows: Sequence[Sequence[Any]], dtype: torch.dtype, device: torch.devi
     return table
 
 
-def _per_sample_loss(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
-    """N losses from ``neg_lse`` [V, N] and ``own_logits`` [V, V, N]."""
+def _log_ratio(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
+    """[V, V, N]: the log of the positive's share of its denominator."""
     views = range(spec.num_views)
-    device, dtype = neg_lse.device, neg_lse.dtype
-    weights = _table(spec.pair_weights, dtype, device).unsqueeze(-1)
+    device = neg_lse.device
     keeps_self = spec.self_similarity == "keep"
     if spec.other_positives == "compete" and spec.num_views > 2:
         competes = [
@@ -52,26 +51,22 @@ def _per_sample_loss(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Ten
         ]
         if all(competes[a][b] or (a == b and not keeps_self) for a in views for b in views):
             # Without the negatives' own entry, whose weight is zero and which may be -inf.
-            terms = torch.cat([neg_lse.unsqueeze(1), own_logits], 1)
-            log_ratio = terms.log_softmax(1)[:, 1:]
-        else:
-            mask = ~_table(competes, torch.bool, device).unsqueeze(-1)
-            terms = torch.cat([neg_lse.unsqueeze(1), own_logits.masked_fill(mask, ABSENT)], 1)
-            log_ratio = own_logits - terms.logsumexp(1, keepdim=True)
-        return -(weights * log_ratio).sum((0, 1))
-    # No other positive in the denominator: log(1 + exp d), d = log(den - own term) - x. Its
-    # gradient keeps full relative precision where the batch is nearly solved.
+            return torch.cat([neg_lse.unsqueeze(1), own_logits], 1).log_softmax(1)[:, 1:]
+        mask = ~_table(competes, torch.bool, device).unsqueeze(-1)
+        terms = torch.cat([neg_lse.unsqueeze(1), own_logits.masked_fill(mask, ABSENT)], 1)
+        return own_logits - terms.logsumexp(1, keepdim=True)
+    # No other positive in the denominator: -log(1 + exp(log(den - own term) - x)). Its gradient
+    # keeps full relative precision where the batch is nearly solved.
     rest = neg_lse
     if keeps_self:
         rest = torch.logaddexp(neg_lse, torch.stack([own_logits[a, a] for a in views]))
-    d = rest.unsqueeze(1) - own_logits
-    # softplus(d) is d to the last bit of float64 above the threshold.
-    loss = F.softplus(d, threshold=50)
+    margin = own_logits - rest.unsqueeze(1)
+    log_ratio = F.logsigmoid(margin)
     inside = [[spec.candidates[a][b] or spec.pair_weights[a][b] == 0 for b in views] for a in views]
     if not all(all(row) for row in inside):
         # The positive is no candidate: it is not in its denominator (a decoupled loss).
-        loss = torch.where(_table(inside, torch.bool, device).unsqueeze(-1), loss, d)
-    return (weights * loss).sum((0, 1))
+        log_ratio = torch.where(_table(inside, torch.bool, device).unsqueeze(-1), log_ratio, margin)
+    return log_ratio
 
 
 def _loss(
@@ -98,12 +93,13 @@ def _loss(
 
 
 def _reduce(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
-    loss = _per_sample_loss(neg_lse, own_logits, spec)
-    if spec.reduction == "mean":
-        return loss.mean()
-    if spec.reduction == "sum":
-        return loss.sum()
-    return loss
+    """The loss from ``neg_lse`` [V, N] and ``own_logits`` [V, V, N]."""
+    minus_weights = [[-weight for weight in row] for row in spec.pair_weights]
+    table = _table(minus_weights, neg_lse.dtype, neg_lse.device).unsqueeze(-1)
+    losses = table * _log_ratio(neg_lse, own_logits, spec)
+    if spec.reduction == "none":
+        return losses.sum((0, 1))
+    return losses.sum() if spec.reduction == "sum" else losses.sum() / neg_lse.shape[1]
 
 
 def multiview_contrastive_loss(

@@ -20,7 +20,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,20 +27,19 @@ from torch import Tensor
 
 from gcl_kernels.backends import reference
 from gcl_kernels.blocks import Block, plan_blocks
-from gcl_kernels.dispatch import BACKENDS, resolve_backend
+from gcl_kernels.dispatch import BACKENDS, Backend, resolve_backend
+from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.operators import (
-    ABSENT,
     LIBRARY,
     OwnPairs,
     known_scale,
-    mark_absent_,
     refuse_double_backward,
     subtractable,
     unflatten,
     unwatched,
     weight_unit,
 )
-from gcl_kernels.problem import KeptTiles, Problem, Workspace, add_product, product
+from gcl_kernels.problem import KeptTiles, Problem, Workspace, empty_stats, may_keep
 from gcl_kernels.spec import (
     BoolTable,
     NegativesSpec,
@@ -86,7 +84,8 @@ def _kept_shape(backend: str, candidates: list[bool], num_samples: int) -> tuple
         shape = (1, *(math.isqrt(len(candidates)) * num_samples,) * 2)
     else:
         shape = (len(pairs), num_samples, num_samples)
-    return shape if BACKENDS[backend].module.keeps_tiles(math.prod(shape)) else (0, 0, 0)
+    keeps = BACKENDS[backend].keeps_tiles and may_keep(math.prod(shape))
+    return shape if keeps else (0, 0, 0)
 
 
 def _plan(
@@ -120,8 +119,8 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     module = BACKENDS[backend].module
     pairs = unflatten(own_pairs, 2)
-    z, norm, inverse, own = BACKENDS[backend].embed(
-        views, pairs, normalize, compute_dtype, scale.dtype
+    z, norm, inverse, own, own_logits = BACKENDS[backend].embed(
+        views, pairs, normalize, compute_dtype, scale
     )
     num_views, num_samples, _ = z.shape
     # Zeros: the loop does not visit all of it, and an operator's result must not be left to chance.
@@ -129,16 +128,15 @@ def _forward(
     problem = _make_problem(z, scale, sample_ids, max_scale, normalize, candidates, kept)
     plan = _plan(backend, problem, num_samples, candidates, num_views, per_view=False)
     workspace = Workspace(z.device, plan)
-    stats = module.start_stats(problem)
+    stats = empty_stats(problem)
     for block in plan:
         module.block_stats(problem, block, stats, stats, workspace)
     neg_lse = stats.sum.log_().add_(stats.max).view(num_views, num_samples)
-    own_logits = mark_absent_(own * scale, pairs)
     return neg_lse, own_logits, z, norm, inverse, own, kept
 
 
 def _matrix_gradient(
-    module: ModuleType,
+    backend: Backend,
     problem: Problem,
     plan: Sequence[Block],
     lse: Tensor,
@@ -152,7 +150,17 @@ def _matrix_gradient(
     unit = weight_unit(grad, problem.compute_dtype)
     if unit is not None:
         grad = grad / unit
-    hz = torch.zeros_like(problem.z_rows, dtype=problem.accum_dtype)
+    # One block of all rows writes every row once: nothing to start from and to add to.
+    once = needs_all and len(plan) == 1 and plan[0].covers(problem.z_rows.shape[0])
+    start = torch.empty_like if once else torch.zeros_like
+    hz = start(problem.z_rows, dtype=problem.accum_dtype)
+
+    def contribute(rows: slice, left: Tensor, right: Tensor) -> None:
+        if once:
+            backend.product(left, right, hz[rows])
+        else:
+            backend.add_product(hz[rows], left, right)
+
     grad_scale = problem.scale.new_zeros(())
     workspace = Workspace(hz.device, plan)
     for block in plan:
@@ -160,7 +168,7 @@ def _matrix_gradient(
         needs_cols = needs_all or needs_view[block.col_start // num_samples]
         if not (needs_rows or needs_cols or needs_scale):
             continue
-        weights = module.block_weights(problem, block, lse, lse, grad, grad, workspace)
+        weights = backend.module.block_weights(problem, block, lse, lse, grad, grad, workspace)
         z_a, z_b = problem.z_rows[block.rows], problem.z_cols[block.cols]
         if needs_scale and not (needs_rows and needs_cols):
             # A frozen side: <z_A, H_AB z_B> is not found again in that side's rows of hz.
@@ -168,16 +176,16 @@ def _matrix_gradient(
                 rows, left, right = block.cols, weights.t(), z_a
             else:
                 rows, left, right = block.rows, weights, z_b
-            part = product(left, right, out=torch.empty_like(hz[rows]))
+            part = backend.product(left, right, torch.empty_like(hz[rows]))
             one_sided = needs_rows or needs_cols or block.diagonal
             grad_scale += (part * problem.z_rows[rows]).sum().mul_(0.5 if one_sided else 1.0)
             if needs_rows or needs_cols:
                 hz[rows] += part
             continue
         if needs_rows:
-            add_product(hz[block.rows], weights, z_b)
+            contribute(block.rows, weights, z_b)
         if needs_cols and not block.diagonal:
-            add_product(hz[block.cols], weights.t(), z_a)
+            contribute(block.cols, weights.t(), z_a)
     if unit is not None:
         hz.mul_(unit)
         grad_scale.mul_(unit)
@@ -202,18 +210,16 @@ def _backward(
     grad_own_logits: Tensor,
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    module = BACKENDS[backend].module
     num_views, num_samples, _ = z.shape
-    needs_scale = needs_grad[num_views]
     needs_all = all(needs_grad[:num_views])
     problem = _make_problem(z, scale, sample_ids, max_scale, normalize, candidates, kept)
     plan = _plan(backend, problem, num_samples, candidates, num_views, per_view=not needs_all)
     lse = subtractable(neg_lse.flatten())
     grad = grad_neg_lse.flatten().contiguous()
-    hz, grad_scale = _matrix_gradient(module, problem, plan, lse, grad, needs_grad, num_samples)
-    if needs_scale:
-        grad_scale += (grad_own_logits * own).sum()
-    grads, inner = BACKENDS[backend].embed_backward(
+    hz, grad_scale = _matrix_gradient(
+        BACKENDS[backend], problem, plan, lse, grad, needs_grad, num_samples
+    )
+    grads, grad_scale_of_views = BACKENDS[backend].embed_backward(
         views,
         normalize,
         z,
@@ -221,11 +227,11 @@ def _backward(
         inverse,
         own,
         hz.view(z.shape),
-        grad_own_logits * scale,
+        grad_own_logits,
         scale,
         needs_grad[:num_views],
     )
-    grad_scale += inner.mul_(0.5)
+    grad_scale += grad_scale_of_views
     return [*grads, grad_scale]
 
 

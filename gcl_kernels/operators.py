@@ -34,28 +34,12 @@ def refuse_double_backward(name: str) -> None:
     torch.library.register_autograd(f"gcl_kernels::{name}", refuse, lib=LIBRARY)
 
 
-ABSENT = -1e38
-"""The own-sample logit of a pair that was not asked for: exp is zero, and unlike -inf it may be
-multiplied by a zero weight and leaves every logsumexp a finite term."""
-
 OwnPairs = tuple[tuple[int, int], ...]
 
 
 def unflatten(flat: Sequence[Any], width: int) -> tuple[tuple[Any, ...], ...]:
     """Rows of ``width`` entries: an operator's arguments are flat."""
     return tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
-
-
-def mark_absent_(own_logits: Tensor, own_pairs: Sequence[tuple[int, ...]]) -> Tensor:
-    """``own_logits`` [V, V, N] with ``ABSENT`` where the pair was not asked for."""
-    views = range(own_logits.shape[0])
-    absent = [(a, b) for a in views for b in views if (min(a, b), max(a, b)) not in own_pairs]
-    if absent == [(a, a) for a in views]:
-        own_logits.diagonal().fill_(ABSENT)  # the default: one call, where calls are the cost
-    else:
-        for a, b in absent:
-            own_logits[a, b].fill_(ABSENT)
-    return own_logits
 
 
 def known_scale(scale: Tensor, max_scale: float | None) -> float | None:

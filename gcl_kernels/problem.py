@@ -7,7 +7,7 @@ a batch give their own rows and another's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,16 @@ from torch import Tensor
 
 from gcl_kernels.blocks import Block
 from gcl_kernels.spec import HALF_DTYPES, BoolTable
+
+KEPT_ELEMENTS = 1024 * 1024
+"""Of the logits of a small problem: 4 MiB of float32, at N <= 341 of three views or N <= 1024 of
+CLIP's image-text pair. The second product is a quarter to a third of all floating-point operations
+there, and nothing of the size of the matrix is held beyond this constant."""
+
+
+def may_keep(num_elements: int) -> bool:
+    """Whether tiles of this many logits may stay in memory between the passes."""
+    return num_elements <= KEPT_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,17 @@ class RowStats:
     sum: Tensor
 
 
+def empty_stats(problem: Problem | FusedProblem) -> RowStats:
+    """The statistics of rows without a logit."""
+    if isinstance(problem, FusedProblem):
+        shape: tuple[int, ...] = (len(problem.bases), problem.z_rows.shape[1])
+    else:
+        shape = (problem.z_rows.shape[0],)
+    # Finite, so that a row which stays without a logit subtracts no infinities.
+    start = problem.max_scale if bounded(problem) else torch.finfo(problem.accum_dtype).min
+    return RowStats(problem.scale.new_full(shape, start), problem.scale.new_zeros(shape))
+
+
 PITCH_MULTIPLE = 16
 """Rows of a tile start at multiples of this many elements, 32 bytes of a half type: vector stores
 and cuBLAS want aligned rows, and the last block's width may be any number."""
@@ -147,9 +168,13 @@ class Workspace:
             (rows * _pitch(cols) for rows, cols in (b.shape for b in plan)), default=0
         )
         self._slots: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._tiles: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
 
     def tile(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tile of this shape, a block's after any leading dimensions, rows aligned."""
+        known = self._tiles.get((slot, shape, dtype))
+        if known is not None:
+            return known
         *leading, rows, cols = shape
         count, pitch = math.prod(leading), _pitch(cols)
         buffer = self._slots.get((slot, dtype))
@@ -157,6 +182,7 @@ class Workspace:
             buffer = torch.empty(count * self._elements, dtype=dtype, device=self._device)
             self._slots[slot, dtype] = buffer
         padded = buffer[: count * rows * pitch].view(*leading, rows, pitch)
+        self._tiles[slot, shape, dtype] = padded[..., :cols]
         return padded[..., :cols]
 
 
@@ -179,7 +205,12 @@ def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
         accumulator.addmm_(a, b)
 
 
-def fused_products(problem: FusedProblem, block: Block, workspace: Workspace) -> Tensor:
+def fused_products(
+    problem: FusedProblem,
+    block: Block,
+    workspace: Workspace,
+    product: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
     """``y_bc = <z_b^j, z_c^k>`` of a block over samples: [2, 2, P, Q], in workspace slot 0."""
     y = workspace.tile(0, (2, 2, *block.shape), problem.accum_dtype)
     for b in range(2):

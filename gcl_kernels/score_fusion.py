@@ -36,18 +36,18 @@ from torch import Tensor
 
 from gcl_kernels.blocks import Block, plan_blocks
 from gcl_kernels.dispatch import BACKENDS
+from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
     LIBRARY,
     OwnPairs,
     known_scale,
-    mark_absent_,
     refuse_double_backward,
     subtractable,
     unflatten,
     unwatched,
     weight_unit,
 )
-from gcl_kernels.problem import FusedProblem, Workspace, add_product
+from gcl_kernels.problem import FusedProblem, Workspace, empty_stats
 from gcl_kernels.spec import NORM_EPS, NegativesSpec
 
 Bases = tuple[int | None, ...]
@@ -121,7 +121,7 @@ def _forward(
     )
     plan = _plan(backend, problem)
     workspace = Workspace(z.device, plan)
-    stats = module.fused_start_stats(problem)
+    stats = empty_stats(problem)
     for block in plan:
         module.fused_block_stats(problem, block, stats, stats, workspace)
     neg_lse = stats.sum.log_().add_(stats.max)
@@ -137,7 +137,7 @@ def _matrix_gradient(
     needs_base: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """``R`` [2, N, D] and ``U`` [V, 2, N] in the accumulation dtype."""
-    module = BACKENDS[backend].module
+    row = BACKENDS[backend]
     z, coefficients = problem.z_rows, problem.coefficients_rows
     unit = weight_unit(grad, problem.compute_dtype)
     if unit is not None:
@@ -149,16 +149,16 @@ def _matrix_gradient(
     plan = _plan(backend, problem)
     workspace = Workspace(z.device, plan)
     for block in plan:
-        f = module.fused_block_weights(
+        f = row.module.fused_block_weights(
             problem, block, lse, lse, grad, grad, inner, inner, workspace
         )
         for b in range(2):
             if not needs_base[b]:
                 continue
             for c in range(2):
-                add_product(r[b, block.rows], f[b, c], z[c, block.cols])
+                row.add_product(r[b, block.rows], f[b, c], z[c, block.cols])
                 if not block.diagonal:
-                    add_product(r[b, block.cols], f[c, b].t(), z[c, block.rows])
+                    row.add_product(r[b, block.cols], f[c, b].t(), z[c, block.rows])
     if unit is not None:
         r.mul_(unit)
         inner.mul_(unit)

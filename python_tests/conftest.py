@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 # torch.use_deterministic_algorithms asks this of cuBLAS, before CUDA starts.
@@ -9,9 +10,20 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
+from torch import Tensor
 
+from gcl_kernels import negatives, problem
 from gcl_kernels.backends import cpu, tiled
 from gcl_kernels.dispatch import BACKENDS
+
+LONGEST = ("triton_compile", "cuda_build", "compile", "cuda_host", "open_clip", "demo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of workers that take files in turn none is left with a long one."""
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
 
 AVAILABLE = [name for name, row in BACKENDS.items() if row.why_unavailable() is None]
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -46,8 +58,24 @@ def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiled, "FUSED_BLOCK_ROWS", {"default": 16})
     monkeypatch.setattr(cpu, "BLOCK_ROWS", 16)
     monkeypatch.setattr(cpu, "FUSED_BLOCK_ROWS", 16)
-    monkeypatch.setattr(cpu, "KEPT_ELEMENTS", 0)
-    monkeypatch.setattr(tiled, "KEPT_ELEMENTS", 0)
+    monkeypatch.setattr(problem, "KEPT_ELEMENTS", 0)
+
+
+@pytest.fixture
+def emulated_half_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU half types compute in float32; this gives ``tiled`` the arithmetic of a GPU: half
+    operands, float32 accumulation and results."""
+
+    def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+        accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
+
+    row = dataclasses.replace(BACKENDS["tiled"], product=product, add_product=add_product)
+    monkeypatch.setitem(BACKENDS, "tiled", row)
+    monkeypatch.setattr(tiled, "product", product)
+    monkeypatch.setattr(negatives, "resolve_dtypes", lambda dtype, views: (dtype, torch.float32))
 
 
 @pytest.fixture(params=["whole", "ragged"])

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,21 +28,7 @@ runs = pytest.mark.skipif(
     reason="needs Triton and a GPU; test_in_the_interpreter runs it without one",
 )
 starts = pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="is the one that starts it")
-
-
-UNIT = 2.0**-24
-ROUNDING = {
-    torch.float32: 0.0,
-    torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8,
-    torch.float16: 2.0**-11,
-}
-"""Largest relative error of rounding H to the compute dtype. The interpreter cuts bfloat16 off."""
-
-
-def error(value: Tensor, expected: Tensor) -> float:
-    difference = torch.where(value == expected, 0, value.double() - expected)  # also -inf
-    finite = expected.masked_fill(expected.isinf(), 0)
-    return float(difference.norm() / finite.norm().clamp_min(1e-30))
+watches_memory = pytest.mark.skipif(not INTERPRETED, reason="watches the interpreter's memory")
 
 
 def run_file(path: str) -> None:

@@ -4,8 +4,10 @@ decides which become constants, and compiles, with a driver that has a chip's na
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import traceback
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from interpreter import starts
 
 from gcl_kernels.backends import triton as backend
 from gcl_kernels.blocks import plan_blocks
-from gcl_kernels.problem import FusedProblem, Problem, Workspace
+from gcl_kernels.problem import FusedProblem, Problem, Workspace, empty_stats
 from gcl_kernels.spec import BoolTable
 
 ALL: BoolTable = ((True,) * 3,) * 3
@@ -33,7 +35,7 @@ def general(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable
     problem = Problem(z, z, ids, ids, torch.ones(()), None, True)
     plan = plan_blocks(n, candidates, backend.block_rows(problem))
     workspace, rows = Workspace(z.device, plan), torch.zeros(z.shape[0])
-    stats = backend.start_stats(problem)
+    stats = empty_stats(problem)
     for block in plan:
         backend.block_stats(problem, block, stats, stats, workspace)
         backend.block_weights(problem, block, rows, rows, rows, rows, workspace)
@@ -48,7 +50,7 @@ def fused(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) 
     )
     plan = plan_blocks(n, ((True,),), backend.fused_block_rows(problem))
     workspace, rows = Workspace(z.device, plan), torch.zeros(len(bases), n)
-    stats = backend.fused_start_stats(problem)
+    stats = empty_stats(problem)
     for block in plan:
         backend.fused_block_stats(problem, block, stats, stats, workspace)
         backend.fused_block_weights(
@@ -56,8 +58,9 @@ def fused(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) 
         )
 
 
-def main(function: str, case: str) -> None:
-    """In a process of its own: launch everything on a chip that is not there."""
+def main() -> None:
+    """In a process of its own: launch everything on a chip that is not there, and print for each
+    function and case what was launched."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -83,23 +86,31 @@ def main(function: str, case: str) -> None:
 
     JITFunction.run = only_compile
     backend.why_not = lambda *arguments: None  # tensors stay on the CPU
-    globals()[function](*CASES[case])
-    print(*launched)
+    for function in (general, fused):
+        for case in CASES:
+            launched.clear()
+            try:
+                function(*CASES[case])
+            except Exception:
+                launched.append(traceback.format_exc())
+            print(json.dumps([function.__name__, case, launched]))
+
+
+@pytest.fixture(scope="module")
+def launches() -> dict[tuple[str, str], list[str]]:
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import test_triton_launch as t; t.main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = map(json.loads, result.stdout.splitlines())
+    return {(function, case): launched for function, case, launched in lines}
 
 
 @starts
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("function", ["general", "fused"])
-def test_launches_compile(function, case):
-    code = f"import test_triton_launch as t; t.main({function!r}, {case!r})"
-    result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_launches_compile(launches, function, case):
     kernels = {
         "general": {"stats_kernel", "fold_kernel", "weights_kernel"},
         "fused": {"fused_stats_kernel", "fold_kernel", "fused_weights_kernel", "inner_kernel"},
     }
-    assert set(result.stdout.split()) == kernels[function]
+    assert set(launches[function, case]) == kernels[function]

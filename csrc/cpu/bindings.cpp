@@ -30,6 +30,8 @@ constexpr int64_t padding = 16;
 // Less work than this is done before another thread has woken up: logits, and numbers to copy.
 constexpr int64_t parallel_elements = 16384;
 constexpr int64_t parallel_copies = 131072;
+constexpr int64_t parallel_products = 1 << 20;
+constexpr int64_t product_part_rows = 96;
 
 template <class T>
 T* at(Address address, int64_t offset = 0) {
@@ -41,10 +43,43 @@ static int64_t padded(int64_t count) { return (count + padding - 1) / padding * 
 template <class F>
 static void for_each_strip(int64_t count, int threads, bool parallel, const F& body) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(threads) if (parallel && threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (parallel && threads > 1)
 #endif
   for (int64_t strip = 0; strip < count; ++strip) body(strip);
   (void)threads, (void)parallel;
+}
+
+// Parts of C in any order: none depends on another, nor on how C is cut.
+template <class T>
+static void product(int threads, int64_t rows, int64_t depth, int64_t cols, Address a,
+                    int64_t a_pitch, bool a_transposed, Address b, int64_t b_pitch,
+                    bool b_transposed, Address c, int64_t c_pitch, bool add) {
+  const Product<T> s{rows,         cols, depth,        at<T>(a), at<T>(b), a_pitch, b_pitch,
+                     a_transposed, b_transposed, at<T>(c), c_pitch,  add};
+  if (!kernels<T>().product) throw std::invalid_argument("product: needs AVX-512");
+  const int64_t panels = (cols + product_cols - 1) / product_cols;
+  // Several parts a thread, so that none waits long for another; but each copies its slice of a
+  // transposed B anew, which many rows must pay for.
+  const int64_t wanted = (4 * threads + panels - 1) / panels;
+  const int64_t parts = std::max<int64_t>(1, std::min(rows / product_part_rows, wanted));
+  const int64_t part_rows = (rows / parts + product_tile_rows - 1) / product_tile_rows *
+                            product_tile_rows;
+  const bool parallel = rows * cols * depth >= parallel_products;
+  // C = A A^T: multiplied from the diagonal's panel on, and mirrored.
+  const bool symmetric = a == b && a_pitch == b_pitch && !a_transposed && b_transposed &&
+                         rows == cols && !add;
+  py::gil_scoped_release release;
+  for_each_strip(panels * ((rows + part_rows - 1) / part_rows), threads, parallel, [&](int64_t task) {
+    const int64_t start = task % panels * product_cols, first = task / panels * part_rows;
+    const int64_t stop = std::min(cols, start + product_cols);
+    const int64_t last = std::min(symmetric ? stop : rows, first + part_rows);
+    if (first < last) kernels<T>().product(s, first, last, start, stop);
+  });
+  if (!symmetric) return;
+  for_each_strip(panels, threads, parallel, [&](int64_t panel) {
+    const int64_t start = panel * product_cols;
+    kernels<T>().mirror(s, start, std::min(cols, start + product_cols));
+  });
 }
 
 // A block's place, whom it serves, and its mask.
@@ -159,9 +194,11 @@ static void for_samples(int64_t samples, int64_t elements, int threads, const F&
 template <class T>
 static void embed(int threads, const std::vector<Address>& views,
                   const std::vector<int64_t>& pitches, int64_t samples, int64_t dim,
-                  bool normalize, double eps, const std::vector<int64_t>& pairs, Address z,
-                  Address norm, Address inverse, Address own) {
+                  bool normalize, double eps, const std::vector<int64_t>& pairs, double scale,
+                  double absent, Address z, Address norm, Address inverse, Address own,
+                  Address own_logits) {
   Embedding<T> s{};
+  s.scale = T(scale), s.absent = T(absent), s.own_logits = at<T>(own_logits);
   s.views = int(views.size());
   s.samples = samples, s.dim = dim, s.normalize = normalize, s.eps = T(eps);
   for (int v = 0; v < s.views; ++v) s.e[v] = at<T>(views[v]), s.pitch[v] = pitches[v];
@@ -174,13 +211,14 @@ static void embed(int threads, const std::vector<Address>& views,
 template <class T>
 static void embed_backward(int threads, int64_t samples, int64_t dim, bool normalize, double eps,
                            double scale, Address z, Address norm, Address inverse, Address own,
-                           Address hz, Address grad_own, const std::vector<Address>& grads,
-                           Address inner) {
+                           Address hz, Address grad_own_logits,
+                           const std::vector<Address>& grads, Address grad_scale) {
   EmbeddingGradient<T> s{};
   s.views = int(grads.size());
   s.samples = samples, s.dim = dim, s.normalize = normalize, s.eps = T(eps), s.scale = T(scale);
   s.z = at<T>(z), s.norm = at<T>(norm), s.inverse = at<T>(inverse), s.own = at<T>(own);
-  s.hz = at<T>(hz), s.grad_own = at<T>(grad_own), s.inner = at<T>(inner);
+  s.hz = at<T>(hz), s.grad_own_logits = at<T>(grad_own_logits);
+  s.grad_scale = at<T>(grad_scale);
   for (int v = 0; v < s.views; ++v) s.grad[v] = at<T>(grads[v]);
   for_samples(samples, s.views * samples * dim, threads,
               [&](int64_t start, int64_t stop) { kernels<T>().embed_backward(s, start, stop); });
@@ -359,17 +397,38 @@ static void fused_block_weights(int threads, Address y, int64_t stride, const py
   }
 }
 
+static const std::pair<const char*, Isa> instruction_sets[] = {
+    {"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}};
+
 }  // namespace gcl
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace gcl;
-  m.doc() = "Epilogues of the tiles on a CPU; see gcl_kernels/backends/cpu.py.";
-  m.attr("instruction_set") = instruction_set();
+  m.doc() = "Products and epilogues of the tiles on a CPU; see gcl_kernels/backends/cpu.py.";
+  m.def("supported_instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const auto& [name, isa] : instruction_sets)
+      if (supported(isa)) names.push_back(name);
+    return names;
+  });
+  m.def("instruction_set", [] {
+    for (const auto& [name, isa] : instruction_sets)
+      if (isa == isa_in_use()) return name;
+    throw std::logic_error("an instruction set without a name");
+  });
+  // For tests and comparisons: every later call takes this one.
+  m.def("use_instruction_set", [](const std::string& chosen) {
+    for (const auto& [name, isa] : instruction_sets)
+      if (name == chosen && supported(isa)) return use_isa(isa);
+    throw std::invalid_argument("instruction set: not supported by this processor: " + chosen);
+  });
+  m.def("product_pays", product_pays);
   m.attr("max_views") = max_views;
   const auto both = [&m](const char* name, auto single, auto twice) {
     m.def((std::string(name) + "_float32").c_str(), single);
     m.def((std::string(name) + "_float64").c_str(), twice);
   };
+  both("product", product<float>, product<double>);
   both("block_stats", block_stats<float>, block_stats<double>);
   both("block_weights", block_weights<float>, block_weights<double>);
   both("embed", embed<float>, embed<double>);

@@ -1,5 +1,5 @@
-// Score fusion: its embeddings, and the strips of rows of a block over samples, whose four products give the logits of
-// V x V pairs of views. Included like kernels.h.
+// Score fusion: its embeddings, and the strips of rows of a block over samples, whose four products
+// give the logits of V x V pairs of views. Included like kernels.h.
 //
 //   toward[w][b] = <z_b^j, z_w^k>          (base b against view w)
 //   away[v][c]   = <z_v^j, z_c^k>          (view v against base c)
@@ -27,16 +27,10 @@ void embed_fused(const FusedEmbedding<T>& s, int64_t start, int64_t stop) {
   for (int64_t j = start; j < stop; ++j) {
     const T* e[2] = {s.e[0] + j * s.pitch[0], s.e[1] + j * s.pitch[1]};
     T* z[2] = {s.z + j * s.dim, s.z + (s.samples + j) * s.dim};
-    T norm[2] = {}, inverse[2] = {};
+    Length<T> of[2];
     for (int b = 0; b < 2; ++b) {
-      if (s.normalize) {
-        norm[b] = std::sqrt(dot(e[b], e[b], s.dim));
-        inverse[b] = inverse_norm(norm[b], s.eps);
-        s.inverse[b * s.samples + j] = inverse[b];
-        scaled_copy(z[b], e[b], inverse[b], s.dim);
-      } else {
-        checked_copy(z[b], e[b], s.dim);
-      }
+      of[b] = write_unit(z[b], e[b], s);
+      if (s.normalize) s.inverse[b * s.samples + j] = of[b].inverse;
     }
     for (int b = 0; b < 2; ++b)
       for (int c = b; c < 2; ++c)
@@ -46,14 +40,15 @@ void embed_fused(const FusedEmbedding<T>& s, int64_t start, int64_t stop) {
       const T* m = s.mixing + 2 * v;
       T length = 0;
       if (s.normalize) {
-        length = s.bases[v] >= 0 ? norm[s.bases[v]] : mixed_length(e[0], e[1], m[0], m[1], s.dim);
+        length = s.bases[v] >= 0 ? of[s.bases[v]].norm
+                                 : mixed_length(e[0], e[1], m[0], m[1], s.dim);
         s.lengths[v * s.samples + j] = length;
       }
       for (int b = 0; b < 2; ++b) {
         T coefficient = m[b];
         if (s.normalize && s.bases[v] < 0)
           // A zero vector's are zero; a length of NaN is none.
-          coefficient = length <= s.eps ? T(0) : m[b] / (inverse[b] * length);
+          coefficient = length <= s.eps ? T(0) : m[b] / (of[b].inverse * length);
         s.coefficients[(v * 2 + b) * s.samples + j] = coefficient;
       }
     }

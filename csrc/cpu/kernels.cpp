@@ -6,23 +6,25 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #define INLINE inline __attribute__((always_inline))
 
-#define KERNELS_OF_THIS_NAMESPACE                                                         \
-  template <class T>                                                                      \
-  constexpr Kernels<T> table = {stats_bounded<T>,       stats_running<T>,       weights<T>, \
-                                embed<T>,               embed_backward<T>,                \
-                                embed_fused<T>,         fused_gradients<T>,               \
-                                fused_stats_bounded<T>, fused_stats_running<T>,           \
-                                fused_weights<T>};
+#define KERNELS_OF_THIS_NAMESPACE(product, mirror)                                    \
+  template <class T>                                                                  \
+  constexpr Kernels<T> table = {product,                mirror,                       \
+                                stats_bounded<T>,       stats_running<T>,             \
+                                weights<T>,             embed<T>,                     \
+                                embed_backward<T>,      embed_fused<T>,               \
+                                fused_gradients<T>,     fused_stats_bounded<T>,       \
+                                fused_stats_running<T>, fused_weights<T>};
 
 namespace gcl {
 namespace baseline {
 #include "simd.h"
 #include "kernels.h"
 #include "fused_kernels.h"
-KERNELS_OF_THIS_NAMESPACE
+KERNELS_OF_THIS_NAMESPACE(nullptr, nullptr)
 }  // namespace baseline
 }  // namespace gcl
 
@@ -39,7 +41,7 @@ namespace avx2 {
 #include "simd.h"
 #include "kernels.h"
 #include "fused_kernels.h"
-KERNELS_OF_THIS_NAMESPACE
+KERNELS_OF_THIS_NAMESPACE(nullptr, nullptr)
 }  // namespace avx2
 }  // namespace gcl
 #if defined(__clang__)
@@ -54,9 +56,10 @@ KERNELS_OF_THIS_NAMESPACE
 namespace gcl {
 namespace avx512 {
 #include "simd.h"
+#include "product.h"
 #include "kernels.h"
 #include "fused_kernels.h"
-KERNELS_OF_THIS_NAMESPACE
+KERNELS_OF_THIS_NAMESPACE(product<T>, mirror<T>)
 }  // namespace avx512
 }  // namespace gcl
 #if defined(__clang__)
@@ -68,35 +71,43 @@ KERNELS_OF_THIS_NAMESPACE
 
 namespace gcl {
 
-enum class Isa { baseline, avx2, avx512 };
-
-static Isa detect() {
+bool supported(Isa isa) {
 #ifdef GCL_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+  if (isa == Isa::avx512)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return Isa::baseline;
+  return isa == Isa::baseline;
 }
 
-static const Isa isa = detect();
+static Isa in_use = supported(Isa::avx512) ? Isa::avx512
+                    : supported(Isa::avx2) ? Isa::avx2
+                                           : Isa::baseline;
+
+Isa isa_in_use() { return in_use; }
+
+void use_isa(Isa isa) { in_use = isa; }
+
+bool product_pays() {
+#ifdef GCL_X86
+  return in_use == Isa::avx512 && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
 
 template <class T>
 const Kernels<T>& kernels() {
 #ifdef GCL_X86
-  if (isa == Isa::avx512) return avx512::table<T>;
-  if (isa == Isa::avx2) return avx2::table<T>;
+  if (in_use == Isa::avx512) return avx512::table<T>;
+  if (in_use == Isa::avx2) return avx2::table<T>;
 #endif
   return baseline::table<T>;
 }
 
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
-
-const char* instruction_set() {
-  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
-}
 
 }  // namespace gcl

@@ -144,6 +144,23 @@ INLINE void checked_copy(T* z, const T* e, int64_t size) {
   for (int64_t k = 0; k < size; ++k) z[k] = e[k] + e[k] * 0;
 }
 
+template <class T>
+struct Length {
+  T norm, inverse;
+};
+
+// z = e / max(|e|, eps), or e itself where `s` does not normalise.
+template <class T, class S>
+INLINE Length<T> write_unit(T* z, const T* e, const S& s) {
+  if (!s.normalize) {
+    checked_copy(z, e, s.dim);
+    return {1, 1};
+  }
+  const T norm = std::sqrt(dot(e, e, s.dim)), inverse = inverse_norm(norm, s.eps);
+  scaled_copy(z, e, inverse, s.dim);
+  return {norm, inverse};
+}
+
 // to = factor * from + sum_b coefficient[b] * part[b]
 template <class T>
 INLINE void combine(T* to, const T* from, T factor, const T* const* part, const T* coefficient,
@@ -166,47 +183,45 @@ template <class T>
 void embed(const Embedding<T>& s, int64_t start, int64_t stop) {
   for (int64_t j = start; j < stop; ++j) {
     for (int v = 0; v < s.views; ++v) {
-      const T* e = s.e[v] + j * s.pitch[v];
-      T* z = s.z + (v * s.samples + j) * s.dim;
-      if (s.normalize) {
-        const T norm = std::sqrt(dot(e, e, s.dim));
-        const T inverse = inverse_norm(norm, s.eps);
-        s.norm[v * s.samples + j] = norm;
-        s.inverse[v * s.samples + j] = inverse;
-        scaled_copy(z, e, inverse, s.dim);
-      } else {
-        checked_copy(z, e, s.dim);
-      }
+      const int64_t row = v * s.samples + j;
+      const auto length = write_unit(s.z + row * s.dim, s.e[v] + j * s.pitch[v], s);
+      if (s.normalize) s.norm[row] = length.norm, s.inverse[row] = length.inverse;
     }
     for (int a = 0; a < s.views; ++a) {
       for (int b = a; b < s.views; ++b) {
         const bool asked = s.pairs[a * s.views + b];
         const T* z_a = s.z + (a * s.samples + j) * s.dim;
         const T own = asked ? dot(z_a, s.z + (b * s.samples + j) * s.dim, s.dim) : T(0);
-        s.own[(a * s.views + b) * s.samples + j] = own;
-        s.own[(b * s.views + a) * s.samples + j] = own;
+        for (const int64_t at : {a * s.views + b, b * s.views + a}) {
+          s.own[at * s.samples + j] = own;
+          s.own_logits[at * s.samples + j] = asked ? s.scale * own : s.absent;
+        }
       }
     }
   }
 }
 
-// dL/de of samples `start` to `stop`; `inner` gets <z_a, (H z)_a>. A view whose gradient is not
-// needed has none.
+// dL/de of samples `start` to `stop`, and their rows' shares of dL/ds. A view whose gradient is not
+// needed has none, and no share of its <z_a, (H z)_a>.
 template <class T>
 void embed_backward(const EmbeddingGradient<T>& s, int64_t start, int64_t stop) {
   const int views = s.views;
   const auto at = [&](int a, int b, int64_t j) { return (a * views + b) * s.samples + j; };
   for (int64_t j = start; j < stop; ++j) {
     for (int a = 0; a < views; ++a) {
-      if (!s.grad[a]) continue;
       const int64_t row = a * s.samples + j;
+      T share = 0;
+      for (int b = 0; b < views; ++b) share += s.grad_own_logits[at(a, b, j)] * s.own[at(a, b, j)];
+      s.grad_scale[row] = share;
+      if (!s.grad[a]) continue;
       const T* hz = s.hz + row * s.dim;
       const T q = dot(hz, s.z + row * s.dim, s.dim);
-      s.inner[row] = q;
+      s.grad_scale[row] += q / 2;
       T coefficient[max_views];
       T along = s.scale * q;
       for (int b = 0; b < views; ++b) {
-        coefficient[b] = s.grad_own[at(a, b, j)] + s.grad_own[at(b, a, j)];
+        coefficient[b] =
+            s.scale * (s.grad_own_logits[at(a, b, j)] + s.grad_own_logits[at(b, a, j)]);
         along += coefficient[b] * s.own[at(a, b, j)];
       }
       T inverse = 1;

@@ -8,6 +8,9 @@ namespace gcl {
 
 constexpr int max_views = 16;
 
+constexpr int64_t product_cols = 64;     // of C, that one call of the kernel makes at most
+constexpr int64_t product_tile_rows = 6;  // of C: a call makes a multiple, but for the last
+
 // The mask rule: two embeddings of one sample are no negatives of each other. They are found by
 // equal ids, or under the default ids (no id given) on the block's diagonals `j - i = offset`.
 struct Mask {
@@ -57,11 +60,11 @@ struct Embedding {
   int views;
   int64_t samples, dim;
   bool normalize;
-  T eps;
+  T eps, scale, absent;
   const T* e[max_views];
   int64_t pitch[max_views];
   bool pairs[max_views * max_views];  // which own-sample dots were asked for
-  T *z, *norm, *inverse, *own;
+  T *z, *norm, *inverse, *own, *own_logits;
 };
 
 template <class T>
@@ -70,9 +73,9 @@ struct EmbeddingGradient {
   int64_t samples, dim;
   bool normalize;
   T eps, scale;
-  const T *z, *norm, *inverse, *own, *hz, *grad_own;
+  const T *z, *norm, *inverse, *own, *hz, *grad_own_logits;
   T* grad[max_views];  // null: not needed
-  T* inner;
+  T* grad_scale;       // each row's share
 };
 
 // The bases of score fusion, and V views of them.
@@ -118,8 +121,23 @@ struct FusedStrip {
   int64_t out_stride;
 };
 
+// C = A B or C += A B. A transposed matrix lies in memory by columns, its pitch apart.
+template <class T>
+struct Product {
+  int64_t rows, cols, depth;
+  const T *a, *b;
+  int64_t a_pitch, b_pitch;
+  bool a_transposed, b_transposed;
+  T* c;
+  int64_t c_pitch;
+  bool add;
+};
+
 template <class T>
 struct Kernels {
+  // Both null where the instruction set has none.
+  void (*product)(const Product<T>&, int64_t first, int64_t last, int64_t start, int64_t stop);
+  void (*mirror)(const Product<T>&, int64_t start, int64_t stop);
   void (*stats_bounded)(const StatsStrip<T>&);
   void (*stats_running)(const StatsStrip<T>&);
   void (*weights)(const WeightsStrip<T>&);
@@ -132,10 +150,18 @@ struct Kernels {
   void (*fused_weights)(const FusedStrip<T>&);
 };
 
+// For the instruction set in use: of those of this processor, the widest, or the one chosen.
 template <class T>
 const Kernels<T>& kernels();
 
-// The instruction set that kernels() chose.
-const char* instruction_set();
+enum class Isa { baseline, avx2, avx512 };
+
+bool supported(Isa isa);
+Isa isa_in_use();
+void use_isa(Isa isa);
+
+// Whether there is a `product`, and PyTorch's is slower: with AVX-512, but on Intel's processors MKL
+// is at home.
+bool product_pays();
 
 }  // namespace gcl

@@ -51,7 +51,7 @@ INLINE void store(T* to, typename Simd<T>::Vec v) {
 
 template <class T>
 INLINE typename Simd<T>::Vec splat(T value) {
-  return typename Simd<T>::Vec{} + value;
+  return value - typename Simd<T>::Vec{};  // x - 0 is x, x + 0 is not for -0: an instruction more
 }
 
 // The lanes in one fixed order, whatever the instruction set.

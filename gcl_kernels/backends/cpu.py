@@ -1,9 +1,10 @@
-"""The block functions for a CPU: PyTorch's matrix products, and everything between in C++ (SIMD).
+"""The block functions for a CPU in C++ (SIMD).
 
 Definitions as in ``tiled``. One call computes a block's statistics or weights in one pass over the
-tile while it lies in the cache, and one call makes unit vectors or their gradients. The extension
-``gcl_kernels._cpu`` (``csrc/cpu``) takes addresses, so that it serves every PyTorch; its results do
-not depend on the number of threads.
+tile while it lies in the cache, and one call makes unit vectors or their gradients. Matrix products
+are PyTorch's, or the extension's own where those are faster. The extension ``gcl_kernels._cpu``
+(``csrc/cpu``) takes addresses, so that it serves every PyTorch; its results do not depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from gcl_kernels import embeddings
 from gcl_kernels.blocks import Block
+from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.problem import (
     FusedProblem,
     Problem,
@@ -24,8 +26,9 @@ from gcl_kernels.problem import (
     Workspace,
     bounded,
     fused_products,
-    product,
 )
+from gcl_kernels.problem import add_product as torch_add_product
+from gcl_kernels.problem import product as torch_product
 from gcl_kernels.spec import NORM_EPS
 
 _WHY_UNAVAILABLE: str | None = None
@@ -38,16 +41,14 @@ except ImportError as error:  # not built: an installation goes on without it
         "see docs/building.md"
     )
 
-BLOCK_ROWS = 512
-"""Here 384 took 8 % longer, 768 as long, measured."""
+BLOCK_ROWS = 768
+"""Here 512 took 3 % longer, 1024 as long, measured."""
 
-KEPT_ELEMENTS = 1024 * 1024
-"""4 MiB of float32: at N <= 341 of three views, or N <= 1024 of CLIP's image-text pair, the second
-product is a quarter to a third of all floating-point operations, and nothing of the size of the
-matrix is held beyond this constant."""
+FUSED_BLOCK_ROWS = 768
+"""Samples of a block's side in score fusion. 512 took 2 % longer, 1024 as long, measured."""
 
-FUSED_BLOCK_ROWS = 512
-"""Samples of a block's side in score fusion. 256 took 10 % longer, measured."""
+HALVES_DIAGONAL = _cpu is None or not _cpu.product_pays()
+"""PyTorch's product computes both equal halves of a block on the diagonal, the extension's one."""
 
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -69,11 +70,6 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
 def block_rows(problem: Problem) -> int:
     """The largest number of rows of a block for this problem."""
     return BLOCK_ROWS
-
-
-def keeps_tiles(num_elements: int) -> bool:
-    """Whether tiles of a problem of this many logits stay in memory between the passes."""
-    return num_elements <= KEPT_ELEMENTS
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
@@ -108,15 +104,41 @@ def _ids(problem: Problem | FusedProblem) -> tuple[Tensor, Tensor] | None:
     return problem.ids_rows.to(torch.int64), problem.ids_cols.to(torch.int64)
 
 
-def _start(problem: Problem | FusedProblem, shape: tuple[int, ...]) -> RowStats:
-    # Finite, so that a row without any logit subtracts no infinities.
-    start = _scale(problem) if bounded(problem) else torch.finfo(problem.accum_dtype).min
-    return RowStats(max=problem.scale.new_full(shape, start), sum=problem.scale.new_zeros(shape))
+def _layout(matrix: Tensor) -> tuple[int, bool]:
+    """The distance of its rows; or, where it lies by columns, of those, and true."""
+    if matrix.stride(1) == 1:
+        return matrix.stride(0), False
+    return matrix.stride(1), True
 
 
-def start_stats(problem: Problem) -> RowStats:
-    """The statistics of empty sets of logits, one for each row."""
-    return _start(problem, (problem.z_rows.shape[0],))
+def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    _function("product", out.dtype)(
+        torch.get_num_threads(),
+        *a.shape,
+        b.shape[1],
+        a.data_ptr(),
+        *_layout(a),
+        b.data_ptr(),
+        *_layout(b),
+        out.data_ptr(),
+        out.stride(0),
+        add,
+    )
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``out = a @ b``; rows or columns of ``a`` and ``b``, and rows of ``out``, are contiguous."""
+    if not _cpu.product_pays():
+        return torch_product(a, b, out)
+    _multiply(a, b, out, add=False)
+    return out
+
+
+def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    """``accumulator += a @ b``."""
+    if not _cpu.product_pays():
+        return torch_add_product(accumulator, a, b)
+    _multiply(a, b, accumulator, add=True)
 
 
 def _dots(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
@@ -125,7 +147,7 @@ def _dots(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
     return workspace.tile(0, block.shape, problem.accum_dtype)
 
 
-def _multiply(problem: Problem, block: Block, dots: Tensor) -> None:
+def _fill(dots: Tensor, problem: Problem, block: Block) -> None:
     product(problem.z_rows[block.rows], problem.z_cols[block.cols].t(), out=dots)
 
 
@@ -134,7 +156,7 @@ def block_stats(
 ) -> None:
     """Fold one block into the running statistics of its rows and columns."""
     dots, ids = _dots(problem, block, workspace), _ids(problem)
-    _multiply(problem, block, dots)
+    _fill(dots, problem, block)
     _function("block_stats", problem.accum_dtype)(
         torch.get_num_threads(),
         dots.data_ptr(),
@@ -165,7 +187,7 @@ def block_weights(
     """
     dots, ids = _dots(problem, block, workspace), _ids(problem)
     if problem.kept is None:
-        _multiply(problem, block, dots)
+        _fill(dots, problem, block)
         out = dots
     else:
         out = workspace.tile(0, block.shape, problem.accum_dtype)
@@ -198,17 +220,18 @@ def embed(
     own_pairs: Sequence[tuple[int, int]],
     normalize: bool,
     compute_dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`gcl_kernels.embeddings.embed`, which takes views of other dtypes and layouts."""
     num_views, (num_samples, dim) = len(views), views[0].shape
     if not _plain(views, compute_dtype, num_views):
-        return embeddings.embed(views, own_pairs, normalize, compute_dtype, accum_dtype)
+        return embeddings.embed(views, own_pairs, normalize, compute_dtype, scale)
     first = views[0]
     z = first.new_empty(num_views, num_samples, dim)
     norm = first.new_empty((num_views, num_samples) if normalize else 0)
     inverse = torch.empty_like(norm)
     own = first.new_empty(num_views, num_views, num_samples)
+    own_logits = torch.empty_like(own)
     _function("embed", compute_dtype)(
         torch.get_num_threads(),
         [view.data_ptr() for view in views],
@@ -218,12 +241,15 @@ def embed(
         normalize,
         NORM_EPS,
         [view for pair in own_pairs for view in pair],
+        float(scale),
+        ABSENT,
         z.data_ptr(),
         norm.data_ptr(),
         inverse.data_ptr(),
         own.data_ptr(),
+        own_logits.data_ptr(),
     )
-    return z, norm, inverse, own
+    return z, norm, inverse, own, own_logits
 
 
 def embed_backward(
@@ -234,7 +260,7 @@ def embed_backward(
     inverse: Tensor,
     own: Tensor,
     hz: Tensor,
-    grad_own: Tensor,
+    grad_own_logits: Tensor,
     scale: Tensor,
     needs_grad: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor]:
@@ -242,11 +268,11 @@ def embed_backward(
     num_views, num_samples, dim = z.shape
     if any(view.dtype != z.dtype for view in views) or num_views > _cpu.max_views:
         return embeddings.embed_backward(
-            views, normalize, z, norm, inverse, own, hz, grad_own, scale, needs_grad
+            views, normalize, z, norm, inverse, own, hz, grad_own_logits, scale, needs_grad
         )
     grads = [z.new_empty((num_samples, dim) if needs else 0) for needs in needs_grad]
-    inner = z.new_zeros(num_views, num_samples)
-    grad_own = grad_own.contiguous()
+    grad_scale = z.new_empty(num_views, num_samples)
+    grad_own_logits = grad_own_logits.contiguous()
     _function("embed_backward", z.dtype)(
         torch.get_num_threads(),
         num_samples,
@@ -259,11 +285,11 @@ def embed_backward(
         inverse.data_ptr(),
         own.data_ptr(),
         hz.data_ptr(),
-        grad_own.data_ptr(),
+        grad_own_logits.data_ptr(),
         [grad.data_ptr() if needs else 0 for grad, needs in zip(grads, needs_grad, strict=True)],
-        inner.data_ptr(),
+        grad_scale.data_ptr(),
     )
-    return grads, inner.sum()
+    return grads, grad_scale.sum()
 
 
 def embed_fused(
@@ -342,11 +368,6 @@ def fused_block_rows(problem: FusedProblem) -> int:
     return FUSED_BLOCK_ROWS
 
 
-def fused_start_stats(problem: FusedProblem) -> RowStats:
-    """The statistics of empty sets of logits, one for each view and sample."""
-    return _start(problem, (len(problem.bases), problem.z_rows.shape[1]))
-
-
 def _fused_arguments(
     problem: FusedProblem, block: Block, y: Tensor, ids: tuple[Tensor, Tensor] | None
 ) -> tuple[Any, ...]:
@@ -370,7 +391,7 @@ def fused_block_stats(
     problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
 ) -> None:
     """Fold one block over samples into the running statistics of its rows' and columns' views."""
-    y, ids = fused_products(problem, block, workspace), _ids(problem)
+    y, ids = fused_products(problem, block, workspace, product), _ids(problem)
     _function("fused_block_stats", problem.accum_dtype)(
         *_fused_arguments(problem, block, y, ids),
         rows.max.data_ptr(),
@@ -393,7 +414,7 @@ def fused_block_weights(
 ) -> Tensor:
     """``F`` [2, 2, P, Q] of one block over samples, valid until the next call, and its share of
     ``U``: see ``score_fusion``."""
-    y, ids = fused_products(problem, block, workspace), _ids(problem)
+    y, ids = fused_products(problem, block, workspace, product), _ids(problem)
     _function("fused_block_weights", problem.accum_dtype)(
         *_fused_arguments(problem, block, y, ids),
         lse_rows.data_ptr(),

@@ -97,22 +97,6 @@ def block_rows(problem: Problem) -> int:
     return BLOCK_ROWS
 
 
-def keeps_tiles(num_elements: int) -> bool:
-    """False: recomputing a small tile costs less than its way through memory and one launch."""
-    return False
-
-
-def start_stats(problem: Problem) -> RowStats:
-    """The statistics of empty sets of logits, one for each row."""
-    return _start(problem, (problem.z_rows.shape[0],))
-
-
-def _start(problem: Problem | FusedProblem, shape: tuple[int, ...]) -> RowStats:
-    sums = problem.scale.new_zeros(shape)
-    # Finite, so that a row without any logit subtracts no infinities.
-    return RowStats(max=torch.full_like(sums, torch.finfo(sums.dtype).min), sum=sums)
-
-
 def _product(dtype: torch.dtype) -> Any:
     if dtype == torch.float32:
         ieee = torch.get_float32_matmul_precision() == "highest"
@@ -266,11 +250,6 @@ def fused_block_rows(problem: FusedProblem) -> int:
             f"backend: 'cuda' fuses at most {_cuda.MAX_VIEWS} views, got {len(problem.bases)}"
         )
     return FUSED_BLOCK_ROWS
-
-
-def fused_start_stats(problem: FusedProblem) -> RowStats:
-    """The statistics of empty sets of logits: [V, N]."""
-    return _start(problem, (len(problem.bases), problem.z_rows.shape[1]))
 
 
 def _views(problem: FusedProblem, block: Block) -> Any:

@@ -38,11 +38,6 @@ FUSED_BLOCK_ROWS = {"cpu": 192, "default": 1536}
 """Largest samples of a block's side in score fusion, which holds some twenty tiles: its workspace
 stays at 3 MB on a CPU and below 256 MiB elsewhere."""
 
-KEPT_ELEMENTS = 1024 * 1024
-"""4 MiB of float32: at N <= 341 of three views, or N <= 1024 of CLIP's image-text pair, the second
-product is a quarter to a third of all floating-point operations, and nothing of the size of the
-matrix is held beyond this constant."""
-
 
 def why_unavailable() -> str | None:
     """None: PyTorch is all it needs."""
@@ -57,11 +52,6 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
 def block_rows(problem: Problem) -> int:
     """The largest number of rows of a block for this problem."""
     return BLOCK_ROWS.get(problem.z_rows.device.type, BLOCK_ROWS["default"])
-
-
-def keeps_tiles(num_elements: int) -> bool:
-    """Whether tiles of a problem of this many logits stay in memory between the passes."""
-    return num_elements <= KEPT_ELEMENTS
 
 
 def _tile(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
@@ -98,19 +88,6 @@ def _compute_tile(problem: Problem, block: Block, workspace: Workspace) -> Tenso
     else:
         _mask_(tile, problem, block, -torch.inf, workspace)
     return tile
-
-
-def _start(problem: Problem | FusedProblem, shape: tuple[int, ...]) -> RowStats:
-    sums = problem.scale.new_zeros(shape)
-    if bounded(problem):
-        return RowStats(max=problem.scale.expand(shape), sum=sums)
-    # Finite, so that a row without any logit subtracts no infinities.
-    return RowStats(max=torch.full_like(sums, torch.finfo(sums.dtype).min), sum=sums)
-
-
-def start_stats(problem: Problem) -> RowStats:
-    """The statistics of empty sets of logits, one for each row."""
-    return _start(problem, problem.z_rows.shape[:1])
 
 
 def _update(stats: RowStats, where: slice, x: Tensor, dim: int, scratch: Tensor) -> None:
@@ -189,11 +166,6 @@ def fused_block_rows(problem: FusedProblem) -> int:
     return FUSED_BLOCK_ROWS.get(problem.z_rows.device.type, FUSED_BLOCK_ROWS["default"])
 
 
-def fused_start_stats(problem: FusedProblem) -> RowStats:
-    """The statistics of empty sets of logits, one for each view and sample."""
-    return _start(problem, (len(problem.bases), problem.z_rows.shape[1]))
-
-
 def _mix(y: Tensor, coefficients: Tensor, base: int | None, out: Tensor) -> tuple[Tensor, Tensor]:
     """``<z_b, z_v>`` for both bases ``b``: ``y[b, base]`` where view ``v`` is a base, else the
     combination. ``coefficients``: two that broadcast over a tile; ``y``: [2 (b), 2, P, Q]."""
@@ -231,7 +203,7 @@ def fused_block_stats(
     problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
 ) -> None:
     """Fold one block over samples into the running statistics of its rows' and columns' views."""
-    y = fused_products(problem, block, workspace)
+    y = fused_products(problem, block, workspace, product)
     mixed = workspace.tile(3, (2, *block.shape), problem.accum_dtype)
     scratch = workspace.tile(4, block.shape, problem.accum_dtype)
     views = range(len(problem.bases))
@@ -298,7 +270,7 @@ def fused_block_weights(
 ) -> Tensor:
     """``F`` [2, 2, P, Q] of one block over samples, in the compute dtype, valid until the next
     call, and its share of ``U``: see ``score_fusion``."""
-    y = fused_products(problem, block, workspace)
+    y = fused_products(problem, block, workspace, product)
     dtype, shape = problem.accum_dtype, block.shape
     views = range(len(problem.bases))
     k_rows = problem.coefficients_rows[:, :, block.rows, None]

@@ -81,27 +81,6 @@ def _check(problem: Problem | FusedProblem) -> None:
         raise RuntimeError(f"backend: 'triton' cannot serve this call: {reason}")
 
 
-def keeps_tiles(num_elements: int) -> bool:
-    """False: recomputing a small tile costs less than its way through memory and one launch."""
-    return False
-
-
-def start_stats(problem: Problem) -> RowStats:
-    """The statistics of empty sets of logits, one for each row."""
-    return _start_stats(problem, (problem.z_rows.shape[0],))
-
-
-def fused_start_stats(problem: FusedProblem) -> RowStats:
-    """The same, [V, N]."""
-    return _start_stats(problem, (len(problem.bases), problem.z_rows.shape[1]))
-
-
-def _start_stats(problem: Problem | FusedProblem, shape: tuple[int, ...]) -> RowStats:
-    sums = problem.scale.new_zeros(shape)
-    # Finite, so that a row without any logit subtracts no infinities.
-    return RowStats(max=torch.full_like(sums, torch.finfo(sums.dtype).min), sum=sums)
-
-
 def block_stats(
     problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
 ) -> None:

@@ -1,0 +1,405 @@
+"""Block functions of the backends of GPU kernels against their definitions in dense float64.
+
+A backend runs on a GPU where there is one; else Triton's kernels in Triton's interpreter, CUDA's on
+an emulated GPU. ``test_kernels`` holds what every such backend must do, ``test_triton`` and
+``test_cuda_host`` what is one backend's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from interpreter import HAS_TRITON, INTERPRETED
+from torch import Tensor
+
+from gcl_kernels.backends import cuda, triton
+from gcl_kernels.blocks import Block, plan_blocks
+from gcl_kernels.problem import FusedProblem, Problem, Workspace, empty_stats
+from gcl_kernels.spec import BoolTable
+
+EMULATED = cuda._cuda is not None and cuda._cuda.device_type == "cpu"
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A backend and where its kernels run.
+
+    Attributes:
+        available: whether they run in this process at all.
+        rounding: largest relative error of rounding weights to a compute dtype.
+    """
+
+    name: str
+    backend: ModuleType
+    device: str
+    available: bool
+    rounding: dict[torch.dtype, float]
+
+
+TRITON = Kernels(
+    "triton",
+    triton,
+    "cpu" if INTERPRETED else "cuda",
+    HAS_TRITON and (INTERPRETED or torch.cuda.is_available()),
+    # The interpreter cuts bfloat16 off.
+    {torch.float32: 0.0, torch.bfloat16: 2.0 ** (-7 if INTERPRETED else -8), torch.float16: 2**-11},
+)
+CUDA = Kernels(
+    "cuda",
+    cuda,
+    "cpu" if EMULATED else "cuda",
+    cuda.why_unavailable() is None,
+    {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11},
+)
+
+UNIT = 2.0**-24
+
+# --- Problems ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Random embeddings; of a fused problem, two bases and random combinations of them.
+
+    Attributes:
+        block_rows: the largest number of rows of a block; of a fused problem, of samples.
+        ids: half as many as samples, instead of the default ids.
+        bases: of a fused problem, as there.
+        signs: of a fused problem, coefficients may be negative (a difference of embeddings).
+    """
+
+    num_samples: int
+    dim: int
+    scale: float
+    candidates: BoolTable = ((True,) * 3,) * 3
+    block_rows: int = 4096
+    ids: bool = False
+    unit_rows: bool = True
+    bases: tuple[int | None, ...] = (0, 1, None)
+    signs: bool = False
+
+    @property
+    def plan(self) -> tuple[Block, ...]:
+        return plan_blocks(self.num_samples, self.candidates, self.block_rows)
+
+    @property
+    def fused_plan(self) -> tuple[Block, ...]:
+        return plan_blocks(self.num_samples, ((True,),), self.block_rows)
+
+
+TWO_VIEWS: BoolTable = ((False, True), (True, False))
+ONE_SIDED: BoolTable = ((True, True, False), (False, True, True), (False, False, False))
+CYCLE: BoolTable = ((False, True, False), (False, False, True), (True, False, False))
+
+CASES = {
+    "one block, bounded": Case(37, 40, 20.0),
+    "one block, running maximum": Case(37, 40, 100.0),
+    "bounded at the limit": Case(30, 24, 40.0),
+    "a dimension of one": Case(25, 1, 10.0),
+    "rows not aligned": Case(45, 67, 50.0, block_rows=96),
+    "whole tiles": Case(64, 64, 30.0, block_rows=64),
+    "several tiles": Case(110, 64, 30.0),
+    "several tiles, running maximum": Case(95, 104, 60.0, ids=True),
+    "many blocks": Case(70, 32, 14.0, block_rows=48),
+    "ids": Case(50, 33, 100.0, ids=True, block_rows=80),
+    "two views, off the diagonal": Case(135, 48, 100.0, candidates=TWO_VIEWS),
+    "one-sided candidates": Case(41, 40, 20.0, candidates=ONE_SIDED),
+    "one-sided, no bound": Case(41, 40, 60.0, candidates=CYCLE, block_rows=32, ids=True),
+    "not normalised": Case(40, 20, 3.0, unit_rows=False, block_rows=64),
+}
+FUSED_CASES = {
+    "one block, bounded": Case(37, 40, 20.0),
+    "one block, running maximum": Case(37, 40, 100.0, signs=True),
+    "bounded at the limit": Case(30, 24, 40.0),
+    "one sample": Case(1, 8, 20.0),
+    "two samples": Case(2, 8, 60.0, signs=True),
+    "a dimension of one": Case(25, 1, 10.0, signs=True),
+    "rows not aligned": Case(75, 67, 50.0, block_rows=48),
+    "whole tiles": Case(96, 64, 30.0, block_rows=64),
+    "several tiles": Case(110, 64, 30.0, signs=True),
+    "many blocks": Case(110, 32, 14.0, block_rows=48, signs=True),
+    "ids": Case(70, 32, 100.0, ids=True, block_rows=48),
+    "ids, bounded": Case(70, 32, 30.0, ids=True),
+    "two views, off the diagonal": Case(75, 48, 100.0, bases=(0, 1), candidates=TWO_VIEWS),
+    "views in another order": Case(45, 20, 60.0, bases=(None, 1, 0), signs=True),
+    "one-sided candidates": Case(41, 40, 20.0, candidates=ONE_SIDED),
+    "one-sided, no bound": Case(41, 40, 60.0, candidates=CYCLE, block_rows=32, ids=True),
+    "no view is its own candidate": Case(
+        41, 40, 20.0, candidates=((False, True, True), (True, False, False), (True, False, False)),
+    ),
+    "four views, two of them combinations": Case(
+        60, 24, 80.0, bases=(0, None, 1, None), block_rows=32, signs=True,
+        candidates=(
+            (True, True, False, True), (True,) * 4, (False, True, True, False), (True,) * 4,
+        ),
+    ),
+    "seven views": Case(
+        20, 16, 50.0, bases=(0, 1, *(None,) * 5), signs=True, candidates=((True,) * 7,) * 7
+    ),
+    "no view is a base": Case(33, 24, 25.0, bases=(None,) * 2, candidates=((True,) * 2,) * 2),
+    "not normalised": Case(40, 20, 3.0, unit_rows=False, block_rows=32, signs=True),
+}  # fmt: skip
+FEW = {
+    "one block, running maximum", "rows not aligned", "one-sided candidates", "several tiles"
+}  # fmt: skip
+"""Cases that pass through every part of a kernel that the compute dtype has an effect on."""
+
+
+def random_ids(case: Case, generator: torch.Generator) -> Tensor | None:
+    if not case.ids:
+        return None
+    # In 32 bits they would be others.
+    return torch.randint(0, case.num_samples // 2, (case.num_samples,), generator=generator) - 2**40
+
+
+def random_unit(shape: tuple[int, ...], case: Case, generator: torch.Generator) -> Tensor:
+    z = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.nn.functional.normalize(z, dim=-1) if case.unit_rows else z
+
+
+def make_problem(kernels: Kernels, case: Case, dtype: torch.dtype) -> Problem:
+    generator = torch.Generator().manual_seed(case.num_samples + case.dim)
+    num_views = len(case.candidates)
+    z = random_unit((num_views * case.num_samples, case.dim), case, generator)
+    z = z.to(kernels.device, dtype)
+    ids = random_ids(case, generator)
+    if ids is not None:
+        ids = ids.repeat(num_views).to(kernels.device)
+    scale = torch.tensor(case.scale, dtype=torch.float32, device=kernels.device)
+    return Problem(z, z, ids, ids, scale, None, case.unit_rows)
+
+
+def fused_problem(kernels: Kernels, case: Case, dtype: torch.dtype) -> FusedProblem:
+    generator = torch.Generator().manual_seed(case.num_samples + case.dim)
+    n, num_views = case.num_samples, len(case.candidates)
+    z = random_unit((2, n, case.dim), case, generator).to(dtype)
+    coefficients = torch.zeros(num_views, 2, n)
+    for v, base in enumerate(case.bases[:num_views]):
+        if base is not None:
+            coefficients[v, base] = 1
+            continue
+        draw = torch.randn if case.signs else torch.rand
+        mixing = draw(2, n, generator=generator, dtype=torch.float64)
+        length = torch.einsum("bj,bjd->jd", mixing, z.double()).norm(dim=-1)
+        coefficients[v] = mixing / length if case.unit_rows else mixing
+        coefficients[v, :, 3:4] = 0  # a fused vector of length zero
+    ids = random_ids(case, generator)
+    z, coefficients = z.to(kernels.device), coefficients.to(kernels.device)
+    ids = None if ids is None else ids.to(kernels.device)
+    return FusedProblem(
+        z, z, coefficients, coefficients, case.bases[:num_views], case.candidates, ids, ids,
+        torch.tensor(case.scale, dtype=torch.float32, device=kernels.device), None, case.unit_rows,
+    )  # fmt: skip
+
+
+def random_grad(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Positive and negative, and large enough that no weight of a half type is subnormal."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device) * 64
+
+
+# --- Definitions ---------------------------------------------------------------------------------
+
+
+def negatives(candidates: BoolTable, ids: Tensor | None, num_samples: int) -> Tensor:
+    """[V, N, V, N], true where a column is a negative of the row."""
+    ids = torch.arange(num_samples) if ids is None else ids[:num_samples]
+    table = torch.tensor(candidates, device=ids.device)
+    return table[:, None, :, None] & (ids[:, None] != ids[None, :])[None, :, None, :]
+
+
+def multiplied(z: Tensor) -> Tensor:
+    """What the products take for ``z``: where PyTorch allows TF32, the nearest of 11 bits."""
+    if z.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+        return z
+    return ((z.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def dense(
+    problem: Problem, mask: Tensor, grad: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """neg_lse [M] and H [M, M], computed in ``dtype`` from the rounded embeddings."""
+    z = multiplied(problem.z_rows).to(dtype)
+    x = problem.scale.to(dtype) * (z @ z.T)
+    lse = x.masked_fill(~mask, -torch.inf).logsumexp(1)
+    weights = torch.where(mask, grad.to(dtype)[:, None] * (x - lse[:, None]).exp(), 0)
+    return lse, weights + weights.T
+
+
+@dataclass
+class FusedDense:
+    """neg_lse [V, N], F [2, 2, N, N] and U [V, 2, N] by their definitions; and under ``*_terms``
+    the sums of the absolute values of what each entry of F and U adds."""
+
+    lse: Tensor
+    f: Tensor
+    inner: Tensor
+    f_terms: Tensor
+    inner_terms: Tensor
+
+
+def fused_dense(
+    problem: FusedProblem, mask: Tensor, grad: Tensor, dtype: torch.dtype
+) -> FusedDense:
+    z, k = multiplied(problem.z_rows).to(dtype), problem.coefficients_rows.to(dtype)
+    views = torch.einsum("vbj,bjd->vjd", k, z)
+    x = problem.scale.to(dtype) * torch.einsum("vjd,wkd->vjwk", views, views)
+    lse = x.masked_fill(~mask, -torch.inf).flatten(2).logsumexp(2)
+    h = torch.where(mask, grad.to(dtype)[..., None, None] * (x - lse[..., None, None]).exp(), 0)
+    h = h + h.permute(2, 3, 0, 1)
+    towards = torch.einsum("bjd,wkd->bjwk", z, views)
+    return FusedDense(
+        lse,
+        torch.einsum("vbj,wck,vjwk->bcjk", k, k, h),
+        torch.einsum("vjwk,bjwk->vbj", h, towards),
+        torch.einsum("vbj,wck,vjwk->bcjk", k.abs(), k.abs(), h.abs()),
+        torch.einsum("vjwk,bjwk->vbj", h.abs(), towards.abs()),
+    )
+
+
+# --- Runs over all blocks ------------------------------------------------------------------------
+
+
+def run_stats(kernels: Kernels, problem: Problem, plan: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
+    workspace = Workspace(problem.z_rows.device, plan)
+    stats = empty_stats(problem)
+    for block in plan:
+        kernels.backend.block_stats(problem, block, stats, stats, workspace)
+    return stats.max, stats.sum
+
+
+def run_weights(
+    kernels: Kernels, problem: Problem, plan: tuple[Block, ...], lse: Tensor, grad: Tensor
+) -> Tensor:
+    """All blocks of H in one matrix."""
+    h = problem.z_rows.new_zeros((len(lse),) * 2, dtype=torch.float64)
+    workspace = Workspace(problem.z_rows.device, plan)
+    for block in plan:
+        part = kernels.backend.block_weights(problem, block, lse, lse, grad, grad, workspace)
+        assert part.dtype == problem.compute_dtype and part.shape == block.shape
+        h[block.rows, block.cols] = part.double()
+        if not block.diagonal:
+            h[block.cols, block.rows] = part.double().T
+        part.fill_(torch.nan)  # the next block must write all of its own
+    return h
+
+
+def run_fused_stats(
+    kernels: Kernels, problem: FusedProblem, plan: tuple[Block, ...]
+) -> tuple[Tensor, Tensor]:
+    workspace = Workspace(problem.z_rows.device, plan)
+    stats = empty_stats(problem)
+    for block in plan:
+        kernels.backend.fused_block_stats(problem, block, stats, stats, workspace)
+    return stats.max, stats.sum
+
+
+def run_fused_weights(
+    kernels: Kernels, problem: FusedProblem, plan: tuple[Block, ...], lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All blocks of F in one [2, 2, N, N], and U."""
+    n = problem.z_rows.shape[1]
+    f = problem.z_rows.new_full((2, 2, n, n), torch.nan, dtype=torch.float64)
+    inner = torch.zeros_like(problem.coefficients_rows)
+    workspace = Workspace(problem.z_rows.device, plan)
+    for block in plan:
+        part = kernels.backend.fused_block_weights(
+            problem, block, lse, lse, grad, grad, inner, inner, workspace
+        )
+        assert part.dtype == problem.compute_dtype and part.shape == (2, 2, *block.shape)
+        f[:, :, block.rows, block.cols] = part.double()
+        if not block.diagonal:
+            f[:, :, block.cols, block.rows] = part.double().permute(1, 0, 3, 2)
+        part.fill_(torch.nan)
+    return f, inner
+
+
+def results(kernels: Kernels, case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Of both block functions."""
+    problem = make_problem(kernels, case, dtype)
+    maxima, sums = run_stats(kernels, problem, case.plan)
+    lse = torch.where(sums > 0, sums.log() + maxima, torch.inf)
+    grad = random_grad(lse.shape, lse.device)
+    return maxima, sums, run_weights(kernels, problem, case.plan, lse, grad)
+
+
+def fused_results(kernels: Kernels, case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    problem, plan = fused_problem(kernels, case, dtype), case.fused_plan
+    maxima, sums = run_fused_stats(kernels, problem, plan)
+    lse = torch.where(sums > 0, sums.log() + maxima, torch.inf)
+    grad = random_grad(lse.shape, lse.device)
+    return maxima, sums, *run_fused_weights(kernels, problem, plan, lse, grad)
+
+
+# --- Checks --------------------------------------------------------------------------------------
+
+
+def error(value: Tensor, expected: Tensor) -> float:
+    difference = torch.where(value == expected, 0, value.double() - expected)  # also -inf
+    finite = expected.masked_fill(expected.isinf(), 0)
+    return float(difference.norm() / finite.norm().clamp_min(1e-30))
+
+
+def rounding(case: Case, terms: float = 0.0) -> float:
+    """Of four roundings of numbers as large as a logit (x, lse, and both in base 2), each a
+    relative error of exp(x - lse).
+
+    Args:
+        terms: of a fused problem, the largest sum of a view's absolute coefficients, squared: a
+            logit has four terms, which cancel where embeddings are subtracted.
+    """
+    largest = case.scale if case.unit_rows else case.scale * 4 * case.dim * max(terms, 1.0)
+    return (4 + 2 * terms) * max(largest, 1.0) * UNIT
+
+
+def check_stats(stats: tuple[Tensor, Tensor], exact: Tensor, single: Tensor, allowed: float):
+    maxima, sums = stats
+    assert torch.equal(sums > 0, exact > -torch.inf)
+    assert maxima.isfinite().all()
+    assert error(sums.log() + maxima, exact) <= 2 * error(single, exact) + allowed
+
+
+def check_block_functions(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    problem, plan = make_problem(kernels, case, dtype), case.plan
+    mask = negatives(case.candidates, problem.ids_rows, case.num_samples).to(kernels.device)
+    mask = mask.reshape((problem.z_rows.shape[0],) * 2)
+    grad = random_grad(mask.shape[:1], mask.device) * mask.any(1)
+    lse64, h64 = dense(problem, mask, grad, torch.float64)
+    lse32, h32 = dense(problem, mask, grad, torch.float32)
+    check_stats(run_stats(kernels, problem, plan), lse64, lse32, rounding(case))
+
+    # From the exact lse, so that an error of the other function does not hide here.
+    given = lse64.masked_fill(~mask.any(1), torch.inf).float()
+    h = run_weights(kernels, problem, plan, given, grad)
+    assert error(h, h64) <= 2 * error(h32, h64) + rounding(case) + kernels.rounding[dtype]
+
+
+def check_fused_block_functions(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    problem, plan = fused_problem(kernels, case, dtype), case.fused_plan
+    mask = negatives(case.candidates, problem.ids_rows, case.num_samples).to(kernels.device)
+    has_negative = mask.flatten(2).any(2)
+    grad = random_grad(has_negative.shape, mask.device) * has_negative
+    exact, single = (
+        fused_dense(problem, mask, grad, kind) for kind in (torch.float64, torch.float32)
+    )
+    allowed = rounding(case, problem.coefficients_rows.abs().sum(1).max().item() ** 2)
+    stats = run_fused_stats(kernels, problem, plan)
+    check_stats(stats, exact.lse, single.lse, allowed)
+
+    given = exact.lse.masked_fill(~has_negative, torch.inf).float()
+    f, inner = run_fused_weights(kernels, problem, plan, given, grad)
+
+    # A view that is a base has one product that nothing reads: nothing, or what it is.
+    bases = torch.tensor([[v is None or v == b for b in range(2)] for v in problem.bases])
+    needed = bases.to(kernels.device).unsqueeze(-1) | (inner != 0)
+
+    def share(got: Tensor, expected: Tensor, terms: Tensor) -> float:
+        return float((got.double() - expected).norm() / terms.norm().clamp_min(1e-30))
+
+    allowed_f = 2 * share(single.f, exact.f, exact.f_terms) + allowed + kernels.rounding[dtype]
+    assert share(f, exact.f, exact.f_terms) <= allowed_f
+    inner, exact_inner, single_inner = inner * needed, exact.inner * needed, single.inner * needed
+    terms = exact.inner_terms * needed
+    allowed_inner = 2 * share(single_inner, exact_inner, terms) + allowed
+    assert share(inner, exact_inner, terms) <= allowed_inner
