@@ -49,6 +49,7 @@ ROOT = Path(__file__).parent.parent
 PARITY = [
     "test_contract.py",
     "test_score_fusion.py",
+    "test_kernels.py",
     "test_triton.py",
     "test_triton_fused.py",
     "test_cuda_host.py",

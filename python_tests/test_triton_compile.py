@@ -6,6 +6,7 @@ spilled, shared memory within the chip's, products on the matrix units.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 
@@ -38,28 +39,26 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-def worth_compiling(variant: Variant) -> bool:
-    # Small tiles take the same bytes of either type, and blocks on the diagonal more than others.
-    if variant.row == "small" and variant.dtype == torch.float32:
-        return False
-    return variant.diagonal or variant.chip == "sm_90"
-
-
 def chosen() -> list[Variant]:
-    kept = [variant for variant in variants() if worth_compiling(variant)]
-    half = torch.bfloat16
+    """Every kernel with every row on every chip, as it takes most registers: on the diagonal, the
+    fused weights with ids. What a row is used for beside that, on the chip that has it all."""
+    half, full = torch.bfloat16, torch.float32
+    kept = []
+    for v in variants():
+        if (v.row, v.dtype) == ("small", full):
+            continue  # as many bytes of either type
+        if v.chip == "sm_90" or (v.diagonal and (v.dtype == half or v.row == "fma")):
+            kept.append(dataclasses.replace(v, ids=(v.kernel, v.row) == ("fused_weights", "large")))
+        elif v.kernel in FOLDS or (v.chip, v.row, v.dtype) == ("gfx942", "large", full):
+            kept.append(v)
     for kernel in TILE_KERNELS:
-        for chip in ("sm_80", "sm_90", "gfx942"):
-            # A dimension that ends within a slice, and one whose rows are not aligned.
-            kept.append(Variant(kernel, chip, "large", half, ids=True, dim=80))
-            kept.append(Variant(kernel, chip, "small", half, ids=True, dim=67))
+        # A dimension that ends within a slice, and one whose rows are not aligned.
+        kept.append(Variant(kernel, "sm_90", "large", half, ids=True, dim=80))
+        kept.append(Variant(kernel, "sm_90", "small", half, ids=True, dim=67))
+        kept.append(Variant(kernel, "gfx942", "small", half, ids=True, dim=67))
         kept.append(Variant(kernel, "sm_90", "large", torch.float16, diagonal=False))
-    for kernel in ("fused_stats", "fused_weights"):
-        for chip in ("sm_90", "gfx942"):
-            kept.append(Variant(kernel, chip, "large", torch.float32))
-    for chip in CHIPS:
-        # It fills the registers without ids already.
-        kept.append(Variant("fused_weights", chip, "large", half, ids=True))
+    kept.append(Variant("fused_weights", "sm_90", "large", half))
+    kept += [Variant(kernel, "sm_90", "large", full) for kernel in ("fused_stats", "fused_weights")]
     return kept
 
 
