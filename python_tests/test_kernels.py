@@ -188,7 +188,7 @@ def loss_and_gradients(
     function: Callable[..., Tensor], values: list[Tensor], frozen: tuple[int, ...], dtype, device
 ) -> list[Tensor]:
     leaves = [
-        value.to(device, dtype).requires_grad_(index not in frozen)
+        value.to(device, dtype, copy=True).requires_grad_(index not in frozen)
         for index, value in enumerate(values)
     ]
     loss = function(*leaves)
