@@ -69,7 +69,8 @@ static void product(int threads, int64_t rows, int64_t depth, int64_t cols, Addr
   const bool symmetric = a == b && a_pitch == b_pitch && !a_transposed && b_transposed &&
                          rows == cols && !add;
   py::gil_scoped_release release;
-  for_each_strip(panels * ((rows + part_rows - 1) / part_rows), threads, parallel, [&](int64_t task) {
+  const int64_t tasks = panels * ((rows + part_rows - 1) / part_rows);
+  for_each_strip(tasks, threads, parallel, [&](int64_t task) {
     const int64_t start = task % panels * product_cols, first = task / panels * part_rows;
     const int64_t stop = std::min(cols, start + product_cols);
     const int64_t last = std::min(symmetric ? stop : rows, first + part_rows);

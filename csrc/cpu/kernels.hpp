@@ -160,8 +160,8 @@ bool supported(Isa isa);
 Isa isa_in_use();
 void use_isa(Isa isa);
 
-// Whether there is a `product`, and PyTorch's is slower: with AVX-512, but on Intel's processors MKL
-// is at home.
+// Whether there is a `product`, and PyTorch's is slower: with AVX-512, but not on Intel's processors,
+// where MKL is at home.
 bool product_pays();
 
 }  // namespace gcl

@@ -1,4 +1,5 @@
-// Matrix products: C = A B or C += A B. For AVX-512 alone, whose registers a vector of simd.h fills.
+// Matrix products: C = A B or C += A B. For AVX-512 alone, whose registers a vector of simd.h
+// fills.
 //
 // A register tile of C, tile_rows x tile_vectors vectors, takes one broadcast element of A and
 // one row of B at a time. B is read where it lies; only where its columns are contiguous instead of
