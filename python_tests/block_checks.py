@@ -261,11 +261,16 @@ def fused_dense(
 # --- Runs over all blocks ------------------------------------------------------------------------
 
 
-def run_stats(kernels: Kernels, problem: Problem, plan: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
+def run_stats(
+    kernels: Kernels, problem: Problem | FusedProblem, plan: tuple[Block, ...]
+) -> tuple[Tensor, Tensor]:
+    backend = kernels.backend
+    fused = isinstance(problem, FusedProblem)
+    block_stats = backend.fused_block_stats if fused else backend.block_stats
     workspace = Workspace(problem.z_rows.device, plan)
     stats = empty_stats(problem)
     for block in plan:
-        kernels.backend.block_stats(problem, block, stats, stats, workspace)
+        block_stats(problem, block, stats, stats, workspace)
     return stats.max, stats.sum
 
 
@@ -283,16 +288,6 @@ def run_weights(
             h[block.cols, block.rows] = part.double().T
         part.fill_(torch.nan)  # the next block must write all of its own
     return h
-
-
-def run_fused_stats(
-    kernels: Kernels, problem: FusedProblem, plan: tuple[Block, ...]
-) -> tuple[Tensor, Tensor]:
-    workspace = Workspace(problem.z_rows.device, plan)
-    stats = empty_stats(problem)
-    for block in plan:
-        kernels.backend.fused_block_stats(problem, block, stats, stats, workspace)
-    return stats.max, stats.sum
 
 
 def run_fused_weights(
@@ -326,7 +321,7 @@ def results(kernels: Kernels, case: Case, dtype: torch.dtype) -> tuple[Tensor, .
 
 def fused_results(kernels: Kernels, case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     problem, plan = fused_problem(kernels, case, dtype), case.fused_plan
-    maxima, sums = run_fused_stats(kernels, problem, plan)
+    maxima, sums = run_stats(kernels, problem, plan)
     lse = torch.where(sums > 0, sums.log() + maxima, torch.inf)
     grad = random_grad(lse.shape, lse.device)
     return maxima, sums, *run_fused_weights(kernels, problem, plan, lse, grad)
@@ -384,7 +379,7 @@ def check_fused_block_functions(kernels: Kernels, case: Case, dtype: torch.dtype
         fused_dense(problem, mask, grad, kind) for kind in (torch.float64, torch.float32)
     )
     allowed = rounding(case, problem.coefficients_rows.abs().sum(1).max().item() ** 2)
-    stats = run_fused_stats(kernels, problem, plan)
+    stats = run_stats(kernels, problem, plan)
     check_stats(stats, exact.lse, single.lse, allowed)
 
     given = exact.lse.masked_fill(~has_negative, torch.inf).float()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -20,23 +22,29 @@ pytestmark = pytest.mark.skipif(
 SETS = cpu._cpu.supported_instruction_sets() if cpu.why_unavailable() is None else []
 
 
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Every call within takes this instruction set."""
+    before = cpu._cpu.instruction_set()
+    cpu._cpu.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        cpu._cpu.use_instruction_set(before)
+
+
 @pytest.fixture(params=SETS)
 def instruction_set(request):
-    """Every later call uses it."""
-    before = cpu._cpu.instruction_set()
-    cpu._cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu._cpu.use_instruction_set(before)
+    with using(request.param):
+        yield request.param
 
 
 @pytest.fixture
 def has_product():
     if "avx512" not in SETS:
         pytest.skip("this processor has no AVX-512")
-    before = cpu._cpu.instruction_set()
-    cpu._cpu.use_instruction_set("avx512")
-    yield
-    cpu._cpu.use_instruction_set(before)
+    with using("avx512"):
+        yield
 
 
 def laid_out(matrix: Tensor, transposed: bool) -> Tensor:

@@ -27,7 +27,6 @@ from block_checks import (
     make_problem,
     results,
     rounding,
-    run_fused_stats,
     run_fused_weights,
     run_stats,
     run_weights,
@@ -122,7 +121,7 @@ def test_not_a_number_in_a_base_reaches_every_row_that_meets_it(kernels, scale, 
     case = Case(40, 16, scale, block_rows=16)
     problem = fused_problem(kernels, case, torch.float32)
     problem.z_rows[base, 7, 3] = torch.nan
-    maxima, sums = run_fused_stats(kernels, problem, case.fused_plan)
+    maxima, sums = run_stats(kernels, problem, case.fused_plan)
     lse = sums.log() + maxima
     meets = torch.arange(40) != 7
     # Itself and the sum reach all others; the other base, which is whole, meets those of the rest.
@@ -141,6 +140,12 @@ def test_not_a_number_in_the_scale(kernels):
     assert run_stats(kernels, problem, case.plan)[1].isnan().all()
 
 
+def of_one_id(problem):
+    """The problem, general or fused, in which no embedding is another's negative."""
+    zeros = torch.zeros(problem.z_rows.shape[-2], dtype=torch.int64, device=problem.z_rows.device)
+    return replace(problem, ids_rows=zeros, ids_cols=zeros)
+
+
 @pytest.mark.parametrize("scale", [20.0, 100.0])
 @pytest.mark.parametrize("num_samples", [1, 33])
 def test_rows_without_a_negative_have_no_weight(kernels, num_samples, scale):
@@ -148,8 +153,7 @@ def test_rows_without_a_negative_have_no_weight(kernels, num_samples, scale):
     case = Case(num_samples, 16, scale, block_rows=32)
     problem = make_problem(kernels, case, torch.float32)
     if num_samples > 1:
-        zeros = torch.zeros(3 * num_samples, dtype=torch.int64, device=kernels.device)
-        problem = replace(problem, ids_rows=zeros, ids_cols=zeros)
+        problem = of_one_id(problem)
     maxima, sums = run_stats(kernels, problem, case.plan)
     assert maxima.isfinite().all() and (sums == 0).all()
     infinite, ones = torch.full_like(sums, torch.inf), torch.ones_like(sums)
@@ -162,9 +166,8 @@ def test_fused_rows_without_a_negative_have_no_weight(kernels, num_samples, scal
     case = Case(num_samples, 16, scale, block_rows=16)
     problem = fused_problem(kernels, case, torch.float32)
     if num_samples > 1:
-        zeros = torch.zeros(num_samples, dtype=torch.int64, device=kernels.device)
-        problem = replace(problem, ids_rows=zeros, ids_cols=zeros)
-    maxima, sums = run_fused_stats(kernels, problem, case.fused_plan)
+        problem = of_one_id(problem)
+    maxima, sums = run_stats(kernels, problem, case.fused_plan)
     assert maxima.isfinite().all() and (sums == 0).all()
     infinite, ones = torch.full_like(sums, torch.inf), torch.ones_like(sums)
     for result in run_fused_weights(kernels, problem, case.fused_plan, infinite, ones):

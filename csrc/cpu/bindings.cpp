@@ -38,7 +38,10 @@ T* at(Address address, int64_t offset = 0) {
   return reinterpret_cast<T*>(address) + offset;
 }
 
-static int64_t padded(int64_t count) { return (count + padding - 1) / padding * padding; }
+// How many parts of this size make up the whole, the last one maybe short.
+static int64_t parts_of(int64_t whole, int64_t size) { return (whole + size - 1) / size; }
+
+static int64_t padded(int64_t count) { return parts_of(count, padding) * padding; }
 
 template <class F>
 static void for_each_strip(int64_t count, int threads, bool parallel, const F& body) {
@@ -57,20 +60,18 @@ static void product(int threads, int64_t rows, int64_t depth, int64_t cols, Addr
   const Product<T> s{rows,         cols, depth,        at<T>(a), at<T>(b), a_pitch, b_pitch,
                      a_transposed, b_transposed, at<T>(c), c_pitch,  add};
   if (!kernels<T>().product) throw std::invalid_argument("product: needs AVX-512");
-  const int64_t panels = (cols + product_cols - 1) / product_cols;
+  const int64_t panels = parts_of(cols, product_cols);
   // Several parts a thread, so that none waits long for another; but each copies its slice of a
   // transposed B anew, which many rows must pay for.
-  const int64_t wanted = (4 * threads + panels - 1) / panels;
+  const int64_t wanted = parts_of(4 * threads, panels);
   const int64_t parts = std::max<int64_t>(1, std::min(rows / product_part_rows, wanted));
-  const int64_t part_rows = (rows / parts + product_tile_rows - 1) / product_tile_rows *
-                            product_tile_rows;
+  const int64_t part_rows = parts_of(rows / parts, product_tile_rows) * product_tile_rows;
   const bool parallel = rows * cols * depth >= parallel_products;
   // C = A A^T: multiplied from the diagonal's panel on, and mirrored.
   const bool symmetric = a == b && a_pitch == b_pitch && !a_transposed && b_transposed &&
                          rows == cols && !add;
   py::gil_scoped_release release;
-  const int64_t tasks = panels * ((rows + part_rows - 1) / part_rows);
-  for_each_strip(tasks, threads, parallel, [&](int64_t task) {
+  for_each_strip(panels * parts_of(rows, part_rows), threads, parallel, [&](int64_t task) {
     const int64_t start = task % panels * product_cols, first = task / panels * part_rows;
     const int64_t stop = std::min(cols, start + product_cols);
     const int64_t last = std::min(symmetric ? stop : rows, first + part_rows);
@@ -110,7 +111,7 @@ static void block_stats(int threads, Address dots, int64_t stride, const py::tup
                         double scale, bool bounded, Address max, Address sum, Address col_max,
                         Address col_sum) {
   const BlockPlace b(where);
-  const int64_t strips = (b.rows + strip_rows - 1) / strip_rows, pitch = padded(b.cols);
+  const int64_t strips = parts_of(b.rows, strip_rows), pitch = padded(b.cols);
   std::vector<T> strip_max(bounded ? 0 : strips * pitch, std::numeric_limits<T>::lowest());
   std::vector<T> strip_sum(strips * pitch, T(0));
   {
@@ -172,7 +173,7 @@ static void block_weights(int threads, Address dots, int64_t stride, const py::t
           b.serves_rows, bounded, T(scale));
   factors(col_factor, col_l, at<T>(col_grad, b.col_start), at<T>(col_lse, b.col_start), b.cols,
           b.serves_cols, bounded, T(scale));
-  const int64_t strips = (b.rows + strip_rows - 1) / strip_rows;
+  const int64_t strips = parts_of(b.rows, strip_rows);
   py::gil_scoped_release release;
   for_each_strip(strips, threads, b.rows * b.cols >= parallel_elements, [&](int64_t strip) {
     const int64_t start = strip * strip_rows, rows = std::min(strip_rows, b.rows - start);
@@ -309,7 +310,7 @@ static void fused_block_stats(int threads, Address y, int64_t stride, const py::
       gather<T>(col_coefficients, views * 2, col_samples, b.col_start, b.cols, pitch);
   FusedStrip<T> block = fused_strip<T>(b, y, stride, bases, candidates, scale, bounded,
                                        row_coefficients, row_samples, columns.data(), pitch);
-  const int64_t strips = (b.rows + fused_strip_rows - 1) / fused_strip_rows, size = views * pitch;
+  const int64_t strips = parts_of(b.rows, fused_strip_rows), size = views * pitch;
   std::vector<T> strip_max(bounded ? 0 : strips * size, std::numeric_limits<T>::lowest());
   std::vector<T> strip_sum(strips * size, T(0));
   py::gil_scoped_release release;
@@ -369,7 +370,7 @@ static void fused_block_weights(int threads, Address y, int64_t stride, const py
     factors(row_f.data() + v * b.rows, row_l.data() + v * b.rows,
             at<T>(row_grad, v * row_samples + b.row_start),
             at<T>(row_lse, v * row_samples + b.row_start), b.rows, true, bounded, T(scale));
-  const int64_t strips = (b.rows + fused_strip_rows - 1) / fused_strip_rows;
+  const int64_t strips = parts_of(b.rows, fused_strip_rows);
   const int64_t size = views * 2 * pitch, tile = b.rows * stride;
   std::vector<T> strip_inner(strips * size, T(0));
   py::gil_scoped_release release;
