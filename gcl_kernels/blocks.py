@@ -92,6 +92,32 @@ def _cut(start: int, stop: int, block_rows: int) -> list[tuple[int, int]]:
     return [(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
+def most_elements(
+    num_samples: int, candidates: BoolTable, block_rows: int, per_view: bool = False
+) -> int:
+    """At least as many elements as the blocks of :func:`plan_blocks` have, and few more, without
+    counting them: ``num_samples`` may be symbolic."""
+
+    def on_and_above_diagonal(rows: int) -> int:
+        # Half of the square, and half of the blocks on its diagonal.
+        return rows**2 if rows <= block_rows else rows * (rows + block_rows) // 2
+
+    views = range(len(candidates))
+    if _spans_views(candidates, per_view):
+        return on_and_above_diagonal(len(views) * num_samples)
+    return sum(
+        on_and_above_diagonal(num_samples) if a == m else num_samples**2
+        for a in views
+        for m in views[a:]
+        if candidates[a][m] or candidates[m][a]
+    )
+
+
+def _spans_views(candidates: BoolTable, per_view: bool) -> bool:
+    # Fewer, larger blocks for small batches.
+    return all(all(row) for row in candidates) and not per_view
+
+
 @lru_cache(maxsize=256)
 def plan_blocks(
     num_samples: int,
@@ -112,8 +138,7 @@ def plan_blocks(
             diagonal, a quarter of its product less.
     """
     num_views = len(candidates)
-    if all(all(row) for row in candidates) and not per_view:
-        # Blocks may span views: fewer, larger blocks for small batches.
+    if _spans_views(candidates, per_view):
         segments = [(0, num_views * num_samples)]
         table: BoolTable = ((True,),)
     else:

@@ -16,30 +16,28 @@ along because they come from the same unrounded unit vectors.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gcl_kernels.backends import reference
-from gcl_kernels.blocks import Block, plan_blocks
+from gcl_kernels.blocks import Block, most_elements, plan_blocks
 from gcl_kernels.dispatch import BACKENDS, Backend, resolve_backend
 from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.operators import (
     LIBRARY,
     OwnPairs,
     known_scale,
+    needing_grad,
     refuse_double_backward,
     subtractable,
     unflatten,
     unwatched,
     weight_unit,
 )
-from gcl_kernels.problem import KeptTiles, Problem, Workspace, empty_stats, may_keep
+from gcl_kernels.problem import Problem, Workspace, empty_kept, empty_stats
 from gcl_kernels.spec import (
     BoolTable,
     NegativesSpec,
@@ -57,53 +55,37 @@ def _make_problem(
     sample_ids: Tensor | None,
     max_scale: float | None,
     normalize: bool,
-    candidates: list[bool],
-    kept: Tensor,
 ) -> Problem:
     rows = z.flatten(0, 1)
     max_scale = known_scale(scale, max_scale)
     ids = None if sample_ids is None else sample_ids.repeat(z.shape[0])
-    tiles = KeptTiles(kept, _visited_pairs(tuple(candidates))) if kept.numel() else None
-    return Problem(rows, rows, ids, ids, scale, max_scale, normalize, tiles)
+    return Problem(rows, rows, ids, ids, scale, max_scale, normalize)
 
 
-@lru_cache(maxsize=256)
-def _visited_pairs(candidates: tuple[bool, ...]) -> tuple[tuple[int, int], ...] | None:
-    """The pairs of views whose logits are needed; None: all."""
-    if all(candidates):
-        return None
-    size = math.isqrt(len(candidates))
-    pairs = itertools.combinations_with_replacement(range(size), 2)
-    return tuple((a, m) for a, m in pairs if candidates[a * size + m] or candidates[m * size + a])
-
-
-def _kept_shape(backend: str, candidates: list[bool], num_samples: int) -> tuple[int, ...]:
-    """Of the tiles that stay between the passes; no element: none."""
-    pairs = _visited_pairs(tuple(candidates))
-    if pairs is None:
-        shape = (1, *(math.isqrt(len(candidates)) * num_samples,) * 2)
-    else:
-        shape = (len(pairs), num_samples, num_samples)
-    keeps = BACKENDS[backend].keeps_tiles and may_keep(math.prod(shape))
-    return shape if keeps else (0, 0, 0)
+def _geometry(
+    backend: str, z: Tensor, candidates: list[bool], needs_view: list[bool]
+) -> tuple[int, BoolTable, int, bool]:
+    """What :func:`plan_blocks` asks: both passes visit the same blocks, cut by views where some
+    are frozen."""
+    num_views, num_samples, _ = z.shape
+    rows = BACKENDS[backend].module.block_rows(z)
+    per_view = any(needs_view) and not all(needs_view)
+    return num_samples, unflatten(candidates, num_views), rows, per_view
 
 
 def _plan(
-    backend: str,
-    problem: Problem,
-    num_samples: int,
-    candidates: list[bool],
-    num_views: int,
-    per_view: bool,
+    backend: str, z: Tensor, candidates: list[bool], needs_view: list[bool]
 ) -> tuple[Block, ...]:
-    table = unflatten(candidates, num_views)
-    rows, halve = BACKENDS[backend].module.block_rows(problem), BACKENDS[backend].halves_diagonal
-    plan = plan_blocks(num_samples, table, rows, per_view, halve)
-    if problem.kept is not None and len(plan) > 1:
-        # The backward pass finds kept tiles where the forward pass left them: one plan for both,
-        # and it is cut by views because frozen views need that.
-        plan = plan_blocks(num_samples, table, rows, True, halve)
-    return plan
+    geometry = _geometry(backend, z, candidates, needs_view)
+    return plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
+
+
+def _empty_kept(
+    backend: str, z: Tensor, scale: Tensor, candidates: list[bool], needs_grad: list[bool]
+) -> Tensor:
+    if not (BACKENDS[backend].keeps_tiles and any(needs_grad)):
+        return scale.new_empty(0)
+    return empty_kept(most_elements(*_geometry(backend, z, candidates, needs_grad[:-1])), scale)
 
 
 def _forward(
@@ -116,6 +98,7 @@ def _forward(
     max_scale: float | None,
     compute_dtype: torch.dtype,
     backend: str,
+    needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     module = BACKENDS[backend].module
     pairs = unflatten(own_pairs, 2)
@@ -123,11 +106,11 @@ def _forward(
         views, pairs, normalize, compute_dtype, scale
     )
     num_views, num_samples, _ = z.shape
-    # Zeros: the loop does not visit all of it, and an operator's result must not be left to chance.
-    kept = scale.new_zeros(_kept_shape(backend, candidates, num_samples))
-    problem = _make_problem(z, scale, sample_ids, max_scale, normalize, candidates, kept)
-    plan = _plan(backend, problem, num_samples, candidates, num_views, per_view=False)
-    workspace = Workspace(z.device, plan)
+    problem = _make_problem(z, scale, sample_ids, max_scale, normalize)
+    plan = _plan(backend, z, candidates, needs_grad[:-1])
+    kept = _empty_kept(backend, z, scale, candidates, needs_grad)
+    workspace = Workspace(z.device, plan, kept)
+    kept[workspace.kept_elements :].zero_()  # a result must not be left to chance
     stats = empty_stats(problem)
     for block in plan:
         module.block_stats(problem, block, stats, stats, workspace)
@@ -139,14 +122,14 @@ def _matrix_gradient(
     backend: Backend,
     problem: Problem,
     plan: Sequence[Block],
+    kept: Tensor,
     lse: Tensor,
     grad: Tensor,
     needs_grad: list[bool],
-    num_samples: int,
 ) -> tuple[Tensor, Tensor]:
     """``H z`` [M, D], and the share of ``dL/ds`` that half of ``<z, H z>`` leaves out."""
     *needs_view, needs_scale = needs_grad
-    needs_all = all(needs_view)
+    needs_all, num_samples = all(needs_view), problem.z_rows.shape[0] // len(needs_view)
     unit = weight_unit(grad, problem.compute_dtype)
     if unit is not None:
         grad = grad / unit
@@ -162,7 +145,7 @@ def _matrix_gradient(
             backend.add_product(hz[rows], left, right)
 
     grad_scale = problem.scale.new_zeros(())
-    workspace = Workspace(hz.device, plan)
+    workspace = Workspace(hz.device, plan, kept)
     for block in plan:
         needs_rows = needs_all or needs_view[block.row_start // num_samples]
         needs_cols = needs_all or needs_view[block.col_start // num_samples]
@@ -210,15 +193,12 @@ def _backward(
     grad_own_logits: Tensor,
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    num_views, num_samples, _ = z.shape
-    needs_all = all(needs_grad[:num_views])
-    problem = _make_problem(z, scale, sample_ids, max_scale, normalize, candidates, kept)
-    plan = _plan(backend, problem, num_samples, candidates, num_views, per_view=not needs_all)
+    """``kept``: of a forward pass in which the same views needed a gradient, or empty."""
+    problem = _make_problem(z, scale, sample_ids, max_scale, normalize)
+    plan = _plan(backend, z, candidates, needs_grad[:-1])
     lse = subtractable(neg_lse.flatten())
     grad = grad_neg_lse.flatten().contiguous()
-    hz, grad_scale = _matrix_gradient(
-        BACKENDS[backend], problem, plan, lse, grad, needs_grad, num_samples
-    )
+    hz, grad_scale = _matrix_gradient(BACKENDS[backend], problem, plan, kept, lse, grad, needs_grad)
     grads, grad_scale_of_views = BACKENDS[backend].embed_backward(
         views,
         normalize,
@@ -229,7 +209,7 @@ def _backward(
         hz.view(z.shape),
         grad_own_logits,
         scale,
-        needs_grad[:num_views],
+        needs_grad[:-1],
     )
     grad_scale += grad_scale_of_views
     return [*grads, grad_scale]
@@ -237,7 +217,7 @@ def _backward(
 
 LIBRARY.define(
     "neg_lse(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, int[] own_pairs, "
-    "bool normalize, float? max_scale, ScalarType compute_dtype, str backend) "
+    "bool normalize, float? max_scale, ScalarType compute_dtype, str backend, bool[] needs_grad) "
     "-> (Tensor neg_lse, Tensor own_logits, Tensor z, Tensor norm, "
     "Tensor inverse, Tensor own, Tensor kept)"
 )
@@ -262,12 +242,13 @@ def _forward_fake(
     max_scale: float | None,
     compute_dtype: torch.dtype,
     backend: str,
+    needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     num_views, (num_samples, dim) = len(views), views[0].shape
     neg_lse = scale.new_empty(num_views, num_samples)
     own = scale.new_empty(num_views, num_views, num_samples)
     z = scale.new_empty(num_views, num_samples, dim, dtype=compute_dtype)
-    kept = scale.new_empty(_kept_shape(backend, candidates, num_samples))
+    kept = _empty_kept(backend, z, scale, candidates, needs_grad)
     norm = scale.new_empty((num_views, num_samples) if normalize else 0)
     return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept
 
@@ -286,7 +267,7 @@ refuse_double_backward("neg_lse_backward")
 
 
 class NegLSE(torch.autograd.Function):
-    """(scale, sample_ids, static arguments, *views) -> (neg_lse [V, N], own_logits [V, V, N])."""
+    """(static arguments, sample_ids, scale, *views) -> (neg_lse [V, N], own_logits [V, V, N])."""
 
     @staticmethod
     def forward(
@@ -297,6 +278,7 @@ class NegLSE(torch.autograd.Function):
         max_scale: float | None,
         compute_dtype: torch.dtype,
         backend: str,
+        needs_grad: list[bool],
         sample_ids: Tensor | None,
         scale: Tensor,
         *views: Tensor,
@@ -314,9 +296,11 @@ class NegLSE(torch.autograd.Function):
             max_scale,
             compute_dtype,
             backend,
+            needs_grad,
         )
         ctx.save_for_backward(sample_ids, scale, z, norm, inverse, own, kept, neg_lse, *views)
         ctx.static = (candidates, normalize, max_scale, backend)
+        ctx.kept_for = needs_grad
         return neg_lse, own_logits
 
     @staticmethod
@@ -324,7 +308,9 @@ class NegLSE(torch.autograd.Function):
         ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor
     ) -> tuple[Tensor | None, ...]:
         sample_ids, scale, z, norm, inverse, own, kept, neg_lse, *views = ctx.saved_tensors
-        needs_grad = [*ctx.needs_input_grad[8:], ctx.needs_input_grad[7]]
+        needs_grad = [*ctx.needs_input_grad[9:], ctx.needs_input_grad[8]]
+        if needs_grad[:-1] != ctx.kept_for[:-1]:
+            kept = kept.new_empty(0)  # torch.autograd.grad of some inputs: other blocks
         operator = torch.ops.gcl_kernels.neg_lse_backward
         if unwatched(grad_neg_lse, grad_own_logits, scale, *views):
             operator = _backward
@@ -344,7 +330,7 @@ class NegLSE(torch.autograd.Function):
             needs_grad,
         )
         return (
-            *(None,) * 7,
+            *(None,) * 8,
             grad_scale if needs_grad[-1] else None,
             *(grad if need else None for grad, need in zip(grads, needs_grad[:-1], strict=True)),
         )
@@ -372,6 +358,7 @@ def negatives(
         spec.max_scale,
         spec.compute_dtype,
         spec.backend,
+        needing_grad(*views, scale),
         sample_ids,
         scale,
         *views,

@@ -23,6 +23,12 @@ def unwatched(*tensors: Tensor | None) -> bool:
     ) and all(type(t) in (Tensor, torch.nn.Parameter, type(None)) for t in tensors)
 
 
+def needing_grad(*tensors: Tensor) -> list[bool]:
+    """Which of them autograd would ask a gradient of, were it to record this moment."""
+    recorded = torch.is_grad_enabled()
+    return [recorded and tensor.requires_grad for tensor in tensors]
+
+
 def refuse_double_backward(name: str) -> None:
     """Make differentiating the operator ``gcl_kernels::name`` a clear error."""
 

@@ -16,38 +16,14 @@ from torch import Tensor
 from gcl_kernels.blocks import Block
 from gcl_kernels.spec import HALF_DTYPES, BoolTable
 
-KEPT_ELEMENTS = 1024 * 1024
-"""Of the logits of a small problem: 4 MiB of float32, at N <= 341 of three views or N <= 1024 of
-CLIP's image-text pair. The second product is a quarter to a third of all floating-point operations
-there, and nothing of the size of the matrix is held beyond this constant."""
+KEPT_ELEMENTS = 8 * 1024 * 1024
+"""Products whose tiles may stay in memory between the passes: 32 MiB of float32, whatever the size
+of the batch. Multiplying all tiles a second time is a quarter of the floating-point operations."""
 
 
-def may_keep(num_elements: int) -> bool:
-    """Whether tiles of this many logits may stay in memory between the passes."""
-    return num_elements <= KEPT_ELEMENTS
-
-
-@dataclass(frozen=True)
-class KeptTiles:
-    """Where a small problem's tiles stay between the passes, which saves the second product.
-
-    Attributes:
-        matrices: [1, M, M] where every view is every other's candidate, and blocks may span views;
-            else [pairs, N, N], one for each visited pair of views. What it holds is the backend's.
-        pairs: the visited pairs, or None.
-    """
-
-    matrices: Tensor
-    pairs: tuple[tuple[int, int], ...] | None
-
-    def tile(self, block: Block) -> Tensor:
-        if self.pairs is None:
-            return self.matrices[0, block.rows, block.cols]
-        size = self.matrices.shape[1]
-        a, m = block.row_start // size, block.col_start // size
-        rows = slice(block.row_start - a * size, block.row_stop - a * size)
-        cols = slice(block.col_start - m * size, block.col_stop - m * size)
-        return self.matrices[self.pairs.index((a, m)), rows, cols]
+def empty_kept(num_products: int, scale: Tensor) -> Tensor:
+    """Memory for tiles that stay between the passes, where there are so many products."""
+    return scale.new_empty(min(num_products, KEPT_ELEMENTS))
 
 
 @dataclass(frozen=True)
@@ -61,7 +37,6 @@ class Problem:
         scale: logit scale, 0-d, in the accumulation dtype.
         max_scale: its value where the host knows it: given as a number, or in a CPU's own memory.
         unit_rows: every row has length 1 or 0.
-        kept: tiles in the accumulation dtype that stay between the passes, or None.
     """
 
     z_rows: Tensor
@@ -71,7 +46,6 @@ class Problem:
     scale: Tensor
     max_scale: float | None
     unit_rows: bool
-    kept: KeptTiles | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -160,15 +134,46 @@ and cuBLAS want aligned rows, and the last block's width may be any number."""
 
 
 class Workspace:
-    """Memory for tiles, allocated once per pass; a slot's next tile overwrites its last."""
+    """Memory for tiles, allocated once per pass; a slot's next tile overwrites its last.
 
-    def __init__(self, device: torch.device, plan: Sequence[Block]) -> None:
+    Args:
+        device: of the tiles.
+        plan: the blocks that the pass visits.
+        kept: memory of any size that outlives the pass, in the accumulation dtype. The tiles of
+            the first blocks lie in it, as many as fit; what they hold is the backend's.
+        leading: dimensions of a kept tile before its block's two.
+
+    Attributes:
+        kept_elements: of ``kept``, those that lie in tiles: the first.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        plan: Sequence[Block],
+        kept: Tensor | None = None,
+        leading: tuple[int, ...] = (),
+    ) -> None:
         self._device = device
         self._elements = max(
             (rows * _pitch(cols) for rows, cols in (b.shape for b in plan)), default=0
         )
         self._slots: dict[tuple[int, torch.dtype], Tensor] = {}
         self._tiles: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
+        self._kept: dict[Block, Tensor] = {}
+        self.kept_elements = 0
+        if kept is None:
+            return
+        for block in plan:
+            shape = (*leading, *block.shape)
+            start, end = self.kept_elements, self.kept_elements + math.prod(shape)
+            if end > kept.numel():
+                break
+            self._kept[block], self.kept_elements = kept[start:end].view(shape), end
+
+    def kept(self, block: Block) -> Tensor | None:
+        """The block's tile that stays between the passes, or None."""
+        return self._kept.get(block)
 
     def tile(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tile of this shape, a block's after any leading dimensions, rows aligned."""
@@ -211,8 +216,11 @@ def fused_products(
     workspace: Workspace,
     product: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """``y_bc = <z_b^j, z_c^k>`` of a block over samples: [2, 2, P, Q], in workspace slot 0."""
-    y = workspace.tile(0, (2, 2, *block.shape), problem.accum_dtype)
+    """``y_bc = <z_b^j, z_c^k>`` of a block over samples: [2, 2, P, Q], in its kept tile or in
+    workspace slot 0."""
+    y = workspace.kept(block)
+    if y is None:
+        y = workspace.tile(0, (2, 2, *block.shape), problem.accum_dtype)
     for b in range(2):
         for c in range(2):
             if block.diagonal and b > c:

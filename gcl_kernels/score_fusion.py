@@ -34,20 +34,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcl_kernels.blocks import Block, plan_blocks
+from gcl_kernels.blocks import Block, most_elements, plan_blocks
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
     LIBRARY,
     OwnPairs,
     known_scale,
+    needing_grad,
     refuse_double_backward,
     subtractable,
     unflatten,
     unwatched,
     weight_unit,
 )
-from gcl_kernels.problem import FusedProblem, Workspace, empty_stats
+from gcl_kernels.problem import FusedProblem, Workspace, empty_kept, empty_stats
 from gcl_kernels.spec import NORM_EPS, NegativesSpec
 
 Bases = tuple[int | None, ...]
@@ -81,14 +82,19 @@ def _make_problem(
     )
 
 
-def _plan(backend: str, problem: FusedProblem) -> tuple[Block, ...]:
+def _plan(backend: str, z: Tensor, num_views: int) -> tuple[Block, ...]:
     row = BACKENDS[backend]
-    return plan_blocks(
-        problem.z_rows.shape[1],
-        _ONE_SEGMENT,
-        row.module.fused_block_rows(problem),
-        halve_diagonal=row.halves_diagonal,
-    )
+    block_rows = row.module.fused_block_rows(z, num_views)
+    return plan_blocks(z.shape[1], _ONE_SEGMENT, block_rows, halve_diagonal=row.halves_diagonal)
+
+
+def _empty_kept(
+    backend: str, z: Tensor, scale: Tensor, num_views: int, needs_grad: list[bool]
+) -> Tensor:
+    if not (BACKENDS[backend].keeps_tiles and any(needs_grad)):
+        return scale.new_empty(0)
+    block_rows = BACKENDS[backend].module.fused_block_rows(z, num_views)
+    return empty_kept(4 * most_elements(z.shape[1], _ONE_SEGMENT, block_rows), scale)
 
 
 def _similarities(coefficients: Tensor, dots: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,6 +117,7 @@ def _forward(
     max_scale: float | None,
     compute_dtype: torch.dtype,
     backend: str,
+    needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     module = BACKENDS[backend].module
     z, inverse, lengths, coefficients, dots = BACKENDS[backend].embed_fused(
@@ -119,19 +126,22 @@ def _forward(
     problem = _make_problem(
         z, coefficients, bases, candidates, scale, sample_ids, max_scale, normalize
     )
-    plan = _plan(backend, problem)
-    workspace = Workspace(z.device, plan)
+    plan = _plan(backend, z, len(bases))
+    kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
+    workspace = Workspace(z.device, plan, kept, (2, 2))
+    kept[workspace.kept_elements :].zero_()  # a result must not be left to chance
     stats = empty_stats(problem)
     for block in plan:
         module.fused_block_stats(problem, block, stats, stats, workspace)
     neg_lse = stats.sum.log_().add_(stats.max)
     own_logits = mark_absent_(_similarities(coefficients, dots)[1] * scale, unflatten(own_pairs, 2))
-    return neg_lse, own_logits, z, inverse, lengths, coefficients, dots
+    return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept
 
 
 def _matrix_gradient(
     backend: str,
     problem: FusedProblem,
+    kept: Tensor,
     lse: Tensor,
     grad: Tensor,
     needs_base: Sequence[bool],
@@ -146,8 +156,8 @@ def _matrix_gradient(
         grad = grad / unit
     r = torch.zeros_like(z, dtype=problem.accum_dtype)
     inner = torch.zeros_like(coefficients)
-    plan = _plan(backend, problem)
-    workspace = Workspace(z.device, plan)
+    plan = _plan(backend, z, len(problem.bases))
+    workspace = Workspace(z.device, plan, kept, (2, 2))
     for block in plan:
         f = row.module.fused_block_weights(
             problem, block, lse, lse, grad, grad, inner, inner, workspace
@@ -181,6 +191,7 @@ def _backward(
     lengths: Tensor,
     coefficients: Tensor,
     dots: Tensor,
+    kept: Tensor,
     neg_lse: Tensor,
     grad_neg_lse: Tensor,
     grad_own_logits: Tensor,
@@ -190,7 +201,7 @@ def _backward(
         z, coefficients, bases, candidates, scale, sample_ids, max_scale, normalize
     )
     r, inner = _matrix_gradient(
-        backend, problem, subtractable(neg_lse), grad_neg_lse.contiguous(), needs_grad[:2]
+        backend, problem, kept, subtractable(neg_lse), grad_neg_lse.contiguous(), needs_grad[:2]
     )
     toward_bases, own = _similarities(coefficients, dots)
     half_sum = (coefficients * inner).sum().mul_(0.5)
@@ -226,14 +237,16 @@ def _backward(
 LIBRARY.define(
     "fused_neg_lse(Tensor e_0, Tensor e_1, Tensor mixing, Tensor scale, Tensor? sample_ids, "
     "bool[] candidates, int[] own_pairs, int[] bases, bool normalize, float? max_scale, "
-    "ScalarType compute_dtype, str backend) -> (Tensor neg_lse, Tensor own_logits, Tensor z, "
-    "Tensor inverse, Tensor lengths, Tensor coefficients, Tensor dots)"
+    "ScalarType compute_dtype, str backend, bool[] needs_grad) -> (Tensor neg_lse, "
+    "Tensor own_logits, Tensor z, Tensor inverse, Tensor lengths, Tensor coefficients, "
+    "Tensor dots, Tensor kept)"
 )
 LIBRARY.define(
     "fused_neg_lse_backward(Tensor e_0, Tensor e_1, Tensor mixing, Tensor scale, "
     "Tensor? sample_ids, bool[] candidates, int[] bases, bool normalize, float? max_scale, "
     "str backend, Tensor z, Tensor inverse, Tensor lengths, Tensor coefficients, Tensor dots, "
-    "Tensor neg_lse, Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) -> Tensor[]"
+    "Tensor kept, Tensor neg_lse, Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) "
+    "-> Tensor[]"
 )
 LIBRARY.impl("fused_neg_lse", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_neg_lse_backward", _backward, "CompositeExplicitAutograd")
@@ -254,16 +267,19 @@ def _forward_fake(
     max_scale: float | None,
     compute_dtype: torch.dtype,
     backend: str,
+    needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     num_views, (num_samples, dim) = len(bases), e_0.shape
+    z = scale.new_empty(2, num_samples, dim, dtype=compute_dtype)
     return (
         scale.new_empty(num_views, num_samples),
         scale.new_empty(num_views, num_views, num_samples),
-        scale.new_empty(2, num_samples, dim, dtype=compute_dtype),
+        z,
         scale.new_empty((2, num_samples) if normalize else 0),
         scale.new_empty((num_views, num_samples) if normalize else 0),
         scale.new_empty(num_views, 2, num_samples),
         scale.new_empty(2, 2, num_samples),
+        _empty_kept(backend, z, scale, num_views, needs_grad),
     )
 
 
@@ -294,6 +310,7 @@ class FusedNegLSE(torch.autograd.Function):
         max_scale: float | None,
         compute_dtype: torch.dtype,
         backend: str,
+        needs_grad: list[bool],
         sample_ids: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -310,6 +327,7 @@ class FusedNegLSE(torch.autograd.Function):
             max_scale,
             compute_dtype,
             backend,
+            needs_grad,
         )
         ctx.save_for_backward(*inputs, sample_ids, *saved, neg_lse)
         ctx.static = (candidates, bases, normalize, max_scale, backend)
@@ -319,8 +337,10 @@ class FusedNegLSE(torch.autograd.Function):
     def backward(
         ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor
     ) -> tuple[Tensor | None, ...]:
-        *inputs, sample_ids, z, inverse, lengths, coefficients, dots, neg_lse = ctx.saved_tensors
-        needs_grad = list(ctx.needs_input_grad[8:])
+        *inputs, sample_ids, z, inverse, lengths, coefficients, dots, kept, neg_lse = (
+            ctx.saved_tensors
+        )
+        needs_grad = list(ctx.needs_input_grad[9:])
         operator = torch.ops.gcl_kernels.fused_neg_lse_backward
         if unwatched(grad_neg_lse, grad_own_logits, *inputs):
             operator = _backward
@@ -333,13 +353,14 @@ class FusedNegLSE(torch.autograd.Function):
             lengths,
             coefficients,
             dots,
+            kept,
             neg_lse,
             grad_neg_lse,
             grad_own_logits,
             needs_grad,
         )
         return (
-            *(None,) * 8,
+            *(None,) * 9,
             *(grad if needs else None for grad, needs in zip(grads, needs_grad, strict=True)),
         )
 
@@ -369,6 +390,7 @@ def fused_negatives(
         spec.max_scale,
         spec.compute_dtype,
         spec.backend,
+        needing_grad(e_0, e_1, mixing, scale),
         sample_ids,
         e_0,
         e_1,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gcl_kernels.backends.reference import dense_mask
-from gcl_kernels.blocks import plan_blocks
+from gcl_kernels.blocks import most_elements, plan_blocks
 
 TABLES = [
     ((True,) * 3,) * 3,
@@ -26,7 +26,12 @@ def test_every_needed_entry_is_visited_once(table, per_view, halve):
     for n, block_rows in itertools.product([1, 2, 5, 16, 17, 33, 50], [16, 32, 64]):
         size = len(table) * n
         served = torch.zeros(size, size, dtype=torch.int)
-        for block in plan_blocks(n, table, block_rows, per_view, halve):
+        plan = plan_blocks(n, table, block_rows, per_view, halve)
+        elements = sum(block.shape[0] * block.shape[1] for block in plan)
+        assert (
+            0 <= most_elements(n, table, block_rows, per_view) - elements <= size * block_rows / 2
+        )
+        for block in plan:
             assert 0 < block.shape[0] <= block_rows and 0 < block.shape[1] <= block_rows
             tile = torch.ones(block.shape, dtype=torch.int)
             for offset in block.same_sample_offsets:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gcl_kernels
-from gcl_kernels import negatives
+from gcl_kernels import negatives, problem
 from gcl_kernels.dispatch import BACKENDS
 
 NAMES = ("e_i", "e_t", "e_it")
@@ -328,6 +328,41 @@ def test_backward_twice_with_retained_graph(backend, device, tiling):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("scale", [20.0, 90.0])
+@pytest.mark.parametrize("loss", ["all pairs", "some pairs", "frozen view", "fused"])
+def test_same_bits_with_any_number_of_kept_tiles(backend, device, ragged, monkeypatch, loss, scale):
+    """Tiles that stay between the passes are those that would be computed again."""
+    if not BACKENDS[backend].keeps_tiles:
+        pytest.skip("it keeps no tiles")
+    shown = [v.float() for v in random_views(40, 8, device)]
+
+    def run(kept, asked=slice(None)):
+        monkeypatch.setattr(problem, "KEPT_ELEMENTS", kept)
+        views = [
+            v.clone().requires_grad_(loss != "frozen view" or i != 1)
+            for i, v in enumerate(shown[: 2 if loss == "fused" else 3])
+        ]
+        options = {"candidates": [[1, 1, 0]] * 3} if loss == "some pairs" else {}
+        value = gcl_kernels.gcl_loss(
+            *views,
+            logit_scale=scale,
+            sample_ids=torch.arange(40, device=device) // 2,
+            backend=backend,
+            **options,
+        )
+        wanted = [view for view in views if view.requires_grad][asked]
+        first = torch.autograd.grad(value, wanted, retain_graph=True)
+        assert all(map(torch.equal, first, torch.autograd.grad(value, wanted)))
+        return [value.detach(), *first]
+
+    expected = run(0)
+    for kept in (255, 256, 3000, 1 << 20):
+        assert all(map(torch.equal, run(kept), expected))
+    # Another subset of gradients visits other blocks: the kept tiles are not theirs.
+    for part, full in zip(run(1 << 20, slice(1)), expected, strict=False):
+        torch.testing.assert_close(part, full, rtol=2e-5, atol=1e-6)
+
+
 def test_gradcheck(float64_backend, device, tiling):
     views = [(0.5 * v).requires_grad_() for v in random_views(7, 3, device)]
     s = torch.tensor(3.0, dtype=torch.float64, device=device, requires_grad=True)
@@ -483,14 +518,22 @@ class _Watch(TorchDispatchMode):
 @pytest.mark.parametrize("learnable", [False, True])
 def test_tiles_only_and_no_host_read(device, learnable):
     """Nothing of size M x M, and no value is read back but the scale in a CPU's own memory."""
-    n, d = 1300, 4
+    n, d = 2000, 4
     views = [v.float() for v in random_views(n, d, device)]
     scale = torch.tensor(20.0, device=device)
     fixed = None if learnable else 20.0
     static = ([True] * 9, True, fixed)
     with _Watch() as watch:
         neg_lse, own_logits, *saved = negatives._forward(
-            views, scale, None, static[0], [0, 1, 0, 2, 1, 2], *static[1:], torch.float32, "tiled"
+            views,
+            scale,
+            None,
+            static[0],
+            [0, 1, 0, 2, 1, 2],
+            *static[1:],
+            torch.float32,
+            "tiled",
+            [True] * 4,
         )
         negatives._backward(
             views,
@@ -517,7 +560,7 @@ def _products(candidates, needs, n=96, d=64):
     count = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=count) as counter:
         neg_lse, own_logits, *saved = negatives._forward(
-            views, scale, None, flat, [], True, None, torch.float32, "tiled"
+            views, scale, None, flat, [], True, None, torch.float32, "tiled", needs
         )
         negatives._backward(
             views,

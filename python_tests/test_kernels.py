@@ -35,7 +35,6 @@ from interpreter import interpreted_bfloat16, run_file, starts
 from torch import Tensor
 
 import gcl_kernels
-from gcl_kernels.problem import Problem
 
 __all__ = ["interpreted_bfloat16"]  # a fixture of this module
 
@@ -59,9 +58,8 @@ def test_calls_that_they_cannot_serve(kernels):
     reason = kernels.backend.why_not(torch.device("cuda"), torch.float64)
     assert reason is not None and "float64" in reason
     z = torch.zeros(4, 4, dtype=torch.float64)
-    problem = Problem(z, z, None, None, torch.ones((), dtype=torch.float64), None, True)
     with pytest.raises(RuntimeError, match=f"'{kernels.name}' cannot serve this call: no float64"):
-        kernels.backend.block_rows(problem)
+        kernels.backend.block_rows(z)
 
 
 # --- Block functions, against dense float64 ------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gcl_kernels
-from gcl_kernels import negatives, score_fusion
+from gcl_kernels import negatives, problem, score_fusion
 from gcl_kernels.backends import tiled
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.embeddings import ABSENT
@@ -322,7 +322,7 @@ def test_opcheck(needs):
     mixing = torch.tensor([[1, 0], [0, 1], [0.5, 2.0]])
     static = ([True] * 9, [0, 1, -1], True, None)
     forward = (*views, mixing, torch.tensor(3.0), None)
-    forward += (static[0], [0, 1, 0, 2], *static[1:], torch.float32, "tiled")
+    forward += (static[0], [0, 1, 0, 2], *static[1:], torch.float32, "tiled", needs)
     opcheck(torch.ops.gcl_kernels.fused_neg_lse.default, forward)
     neg_lse, own_logits, *saved = torch.ops.gcl_kernels.fused_neg_lse(*forward)
     grads = (torch.rand_like(neg_lse), torch.rand_like(own_logits))
@@ -345,12 +345,15 @@ def test_product_count(monkeypatch):
         inputs = (*views, mixing, scale, None)
         with FlopCounterMode(display=False, custom_mapping=count) as counter:
             neg_lse, own_logits, *saved = score_fusion._forward(
-                *inputs, static[0], [], *static[1:], torch.float32, "tiled"
+                *inputs, static[0], [], *static[1:], torch.float32, "tiled", needs
             )
             grads = (torch.ones_like(neg_lse), torch.ones_like(own_logits))
             score_fusion._backward(*inputs, *static, "tiled", *saved, neg_lse, *grads, needs)
         return counter.get_total_flops() / (n * n * d)
 
     monkeypatch.setattr(tiled, "FUSED_BLOCK_ROWS", {"default": rows})
+    monkeypatch.setattr(problem, "KEPT_ELEMENTS", 0)
     assert measure([True] * 4) == pytest.approx(16 + 2 * rows / n)
     assert measure([True, False, False, False]) == pytest.approx(12 + 2 * rows / n)
+    monkeypatch.setattr(problem, "KEPT_ELEMENTS", 4 * n * n)
+    assert measure([True] * 4) == pytest.approx(12 + rows / n)

@@ -33,7 +33,7 @@ def general(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable
     z = torch.zeros(len(candidates) * n, d, dtype=dtype)
     ids = None if ids_dtype is None else torch.zeros(z.shape[0], dtype=ids_dtype)
     problem = Problem(z, z, ids, ids, torch.ones(()), None, True)
-    plan = plan_blocks(n, candidates, backend.block_rows(problem))
+    plan = plan_blocks(n, candidates, backend.block_rows(z))
     workspace, rows = Workspace(z.device, plan), torch.zeros(z.shape[0])
     stats = empty_stats(problem)
     for block in plan:
@@ -48,7 +48,7 @@ def fused(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) 
     problem = FusedProblem(
         z, z, coefficients, coefficients, bases, candidates, ids, ids, torch.ones(()), None, True
     )
-    plan = plan_blocks(n, ((True,),), backend.fused_block_rows(problem))
+    plan = plan_blocks(n, ((True,),), backend.fused_block_rows(z, 3))
     workspace, rows = Workspace(z.device, plan), torch.zeros(len(bases), n)
     stats = empty_stats(problem)
     for block in plan:

@@ -352,7 +352,7 @@ static void fused_block_weights(int threads, Address y, int64_t stride, const py
                                 int64_t row_samples, Address col_coefficients, int64_t col_samples,
                                 Address row_lse, Address row_grad, Address col_lse,
                                 Address col_grad, Address row_inner, Address col_inner,
-                                Address out) {
+                                Address out, int64_t out_stride) {
   const BlockPlace b(where);
   const int64_t views = bases.size(), pitch = padded(b.cols);
   const auto columns =
@@ -371,7 +371,7 @@ static void fused_block_weights(int threads, Address y, int64_t stride, const py
             at<T>(row_grad, v * row_samples + b.row_start),
             at<T>(row_lse, v * row_samples + b.row_start), b.rows, true, bounded, T(scale));
   const int64_t strips = parts_of(b.rows, fused_strip_rows);
-  const int64_t size = views * 2 * pitch, tile = b.rows * stride;
+  const int64_t size = views * 2 * pitch, out_tile = b.rows * out_stride;
   std::vector<T> strip_inner(strips * size, T(0));
   py::gil_scoped_release release;
   for_each_strip(strips, threads, b.rows * b.cols >= parallel_elements, [&](int64_t strip) {
@@ -385,8 +385,8 @@ static void fused_block_weights(int threads, Address y, int64_t stride, const py
     s.row_inner = at<T>(row_inner, b.row_start + start);
     s.col_inner = strip_inner.data() + strip * size;
     for (int base = 0; base < 4; ++base)
-      s.out[base / 2][base % 2] = at<T>(out, base * tile + start * stride);
-    s.out_stride = stride;
+      s.out[base / 2][base % 2] = at<T>(out, base * out_tile + start * out_stride);
+    s.out_stride = out_stride;
     kernels<T>().fused_weights(s);
   });
   if (!b.serves_cols) return;

@@ -67,8 +67,8 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
     return None
 
 
-def block_rows(problem: Problem) -> int:
-    """The largest number of rows of a block for this problem."""
+def block_rows(z: Tensor) -> int:
+    """The largest number of rows of a block of these embeddings."""
     return BLOCK_ROWS
 
 
@@ -142,13 +142,10 @@ def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _dots(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
-    if problem.kept is not None:
-        return problem.kept.tile(block)
-    return workspace.tile(0, block.shape, problem.accum_dtype)
-
-
-def _fill(dots: Tensor, problem: Problem, block: Block) -> None:
-    product(problem.z_rows[block.rows], problem.z_cols[block.cols].t(), out=dots)
+    tile = workspace.kept(block)
+    if tile is None:
+        tile = workspace.tile(0, block.shape, problem.accum_dtype)
+    return product(problem.z_rows[block.rows], problem.z_cols[block.cols].t(), tile)
 
 
 def block_stats(
@@ -156,7 +153,6 @@ def block_stats(
 ) -> None:
     """Fold one block into the running statistics of its rows and columns."""
     dots, ids = _dots(problem, block, workspace), _ids(problem)
-    _fill(dots, problem, block)
     _function("block_stats", problem.accum_dtype)(
         torch.get_num_threads(),
         dots.data_ptr(),
@@ -182,15 +178,13 @@ def block_weights(
 ) -> Tensor:
     """``H`` of one block, valid until the next call with this workspace.
 
-    ``lse_*`` hold +inf for rows without a negative: every weight in them is then zero. Where the
-    problem keeps tiles, they are those that ``block_stats`` left, and stay as they are.
+    ``lse_*`` hold +inf for rows without a negative: every weight in them is then zero. A kept tile
+    is what ``block_stats`` left, and stays as it is.
     """
-    dots, ids = _dots(problem, block, workspace), _ids(problem)
-    if problem.kept is None:
-        _fill(dots, problem, block)
-        out = dots
-    else:
-        out = workspace.tile(0, block.shape, problem.accum_dtype)
+    dots, ids = workspace.kept(block), _ids(problem)
+    if dots is None:
+        dots = _dots(problem, block, workspace)
+    out = workspace.tile(0, block.shape, problem.accum_dtype)
     _function("block_weights", problem.accum_dtype)(
         torch.get_num_threads(),
         dots.data_ptr(),
@@ -363,8 +357,8 @@ def fused_gradients(
     return grads
 
 
-def fused_block_rows(problem: FusedProblem) -> int:
-    """The largest number of samples of a block's side."""
+def fused_block_rows(z: Tensor, num_views: int) -> int:
+    """The largest number of samples of a block's side, for views made of these bases."""
     return FUSED_BLOCK_ROWS
 
 
@@ -413,8 +407,11 @@ def fused_block_weights(
     workspace: Workspace,
 ) -> Tensor:
     """``F`` [2, 2, P, Q] of one block over samples, valid until the next call, and its share of
-    ``U``: see ``score_fusion``."""
-    y, ids = fused_products(problem, block, workspace, product), _ids(problem)
+    ``U``: see ``score_fusion``. A kept tile is what ``fused_block_stats`` left, and stays."""
+    y, ids = workspace.kept(block), _ids(problem)
+    if y is None:
+        y = fused_products(problem, block, workspace, product)
+    out = workspace.tile(0, (2, 2, *block.shape), problem.accum_dtype)
     _function("fused_block_weights", problem.accum_dtype)(
         *_fused_arguments(problem, block, y, ids),
         lse_rows.data_ptr(),
@@ -423,6 +420,7 @@ def fused_block_weights(
         grad_cols.data_ptr(),
         inner_rows.data_ptr(),
         inner_cols.data_ptr(),
-        y.data_ptr(),  # in place: a chunk of y is read before its F is written
+        out.data_ptr(),  # may be y's place: a chunk of y is read before its F is written
+        out.stride(2),
     )
-    return y
+    return out

@@ -49,15 +49,9 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
     return None
 
 
-def block_rows(problem: Problem) -> int:
-    """The largest number of rows of a block for this problem."""
-    return BLOCK_ROWS.get(problem.z_rows.device.type, BLOCK_ROWS["default"])
-
-
-def _tile(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
-    if problem.kept is not None:
-        return problem.kept.tile(block)
-    return workspace.tile(0, block.shape, problem.accum_dtype)
+def block_rows(z: Tensor) -> int:
+    """The largest number of rows of a block of these embeddings."""
+    return BLOCK_ROWS.get(z.device.type, BLOCK_ROWS["default"])
 
 
 def _mask_(
@@ -79,7 +73,9 @@ def _mask_(
 
 def _compute_tile(problem: Problem, block: Block, workspace: Workspace) -> Tensor:
     """exp(x - s), zero where masked, of a bounded problem; else x, -inf where masked."""
-    tile = _tile(problem, block, workspace)
+    tile = workspace.kept(block)
+    if tile is None:
+        tile = workspace.tile(0, block.shape, problem.accum_dtype)
     product(problem.z_rows[block.rows], problem.z_cols[block.cols].t(), out=tile)
     tile.mul_(problem.scale)
     if bounded(problem):
@@ -130,15 +126,13 @@ def block_weights(
 ) -> Tensor:
     """``H`` of one block, in the compute dtype, valid until the next call with this workspace.
 
-    ``lse_*`` hold +inf for rows without a negative: every weight in them is then zero. Where the
-    problem keeps tiles, they are those that ``block_stats`` left, and stay as they are.
+    ``lse_*`` hold +inf for rows without a negative: every weight in them is then zero. A kept tile
+    is what ``block_stats`` left, and stays as it is.
     """
     lse_p, grad_p = lse_rows[block.rows], grad_rows[block.rows]
     lse_q, grad_q = lse_cols[block.cols], grad_cols[block.cols]
-    if problem.kept is None:
-        tile = _compute_tile(problem, block, workspace)
-    else:
-        tile = _tile(problem, block, workspace)
+    kept = workspace.kept(block)
+    tile = _compute_tile(problem, block, workspace) if kept is None else kept
     out = workspace.tile(1, block.shape, problem.accum_dtype)
     if bounded(problem):
         factor_p = (problem.scale - lse_p).exp_().mul_(grad_p).unsqueeze_(1)
@@ -149,7 +143,7 @@ def block_weights(
             torch.mul(tile, factor_p if block.serves_rows else factor_q, out=out)
     elif block.serves_rows and block.serves_cols:
         torch.sub(tile, lse_p.unsqueeze(1), out=out).exp_().mul_(grad_p.unsqueeze(1))
-        second = tile if problem.kept is None else workspace.tile(2, block.shape, out.dtype)
+        second = tile if kept is None else workspace.tile(2, block.shape, out.dtype)
         torch.sub(tile, lse_q.unsqueeze(0), out=second).exp_()
         out.addcmul_(second, grad_q.unsqueeze(0))
     elif block.serves_rows:
@@ -161,9 +155,9 @@ def block_weights(
     return workspace.tile(3, block.shape, problem.compute_dtype).copy_(out)
 
 
-def fused_block_rows(problem: FusedProblem) -> int:
-    """The largest number of samples of a block's side."""
-    return FUSED_BLOCK_ROWS.get(problem.z_rows.device.type, FUSED_BLOCK_ROWS["default"])
+def fused_block_rows(z: Tensor, num_views: int) -> int:
+    """The largest number of samples of a block's side, for views made of these bases."""
+    return FUSED_BLOCK_ROWS.get(z.device.type, FUSED_BLOCK_ROWS["default"])
 
 
 def _mix(y: Tensor, coefficients: Tensor, base: int | None, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,8 +263,11 @@ def fused_block_weights(
     workspace: Workspace,
 ) -> Tensor:
     """``F`` [2, 2, P, Q] of one block over samples, in the compute dtype, valid until the next
-    call, and its share of ``U``: see ``score_fusion``."""
-    y = fused_products(problem, block, workspace, product)
+    call, and its share of ``U``: see ``score_fusion``. A kept tile is what ``fused_block_stats``
+    left, and stays as it is."""
+    y = workspace.kept(block)
+    if y is None:
+        y = fused_products(problem, block, workspace, product)
     dtype, shape = problem.accum_dtype, block.shape
     views = range(len(problem.bases))
     k_rows = problem.coefficients_rows[:, :, block.rows, None]

@@ -63,20 +63,20 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
     return None
 
 
-def block_rows(problem: Problem) -> int:
-    """The largest number of rows of a block for this problem."""
-    _check(problem)
+def block_rows(z: Tensor) -> int:
+    """The largest number of rows of a block of these embeddings."""
+    _check(z)
     return BLOCK_ROWS
 
 
-def fused_block_rows(problem: FusedProblem) -> int:
-    """The largest number of samples of a block's side for this problem."""
-    _check(problem)
+def fused_block_rows(z: Tensor, num_views: int) -> int:
+    """The largest number of samples of a block's side, for views made of these bases."""
+    _check(z)
     return FUSED_BLOCK_ROWS
 
 
-def _check(problem: Problem | FusedProblem) -> None:
-    reason = why_not(problem.z_rows.device, problem.compute_dtype)
+def _check(z: Tensor) -> None:
+    reason = why_not(z.device, z.dtype)
     if reason is not None:
         raise RuntimeError(f"backend: 'triton' cannot serve this call: {reason}")
 
