@@ -94,12 +94,11 @@ def _loss(
 
 def _reduce(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
     """The loss from ``neg_lse`` [V, N] and ``own_logits`` [V, V, N]."""
-    minus_weights = [[-weight for weight in row] for row in spec.pair_weights]
-    table = _table(minus_weights, neg_lse.dtype, neg_lse.device).unsqueeze(-1)
+    divisor = neg_lse.shape[1] if spec.reduction == "mean" else 1
+    weights = [[-weight / divisor for weight in row] for row in spec.pair_weights]
+    table = _table(weights, neg_lse.dtype, neg_lse.device).unsqueeze(-1)
     losses = table * _log_ratio(neg_lse, own_logits, spec)
-    if spec.reduction == "none":
-        return losses.sum((0, 1))
-    return losses.sum() if spec.reduction == "sum" else losses.sum() / neg_lse.shape[1]
+    return losses.sum((0, 1)) if spec.reduction == "none" else losses.sum()
 
 
 def multiview_contrastive_loss(

@@ -73,19 +73,14 @@ def _geometry(
     return num_samples, unflatten(candidates, num_views), rows, per_view
 
 
-def _plan(
-    backend: str, z: Tensor, candidates: list[bool], needs_view: list[bool]
-) -> tuple[Block, ...]:
-    geometry = _geometry(backend, z, candidates, needs_view)
-    return plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
-
-
 def _empty_kept(
-    backend: str, z: Tensor, scale: Tensor, candidates: list[bool], needs_grad: list[bool]
+    backend: str,
+    geometry: tuple[int, BoolTable, int, bool],
+    scale: Tensor,
+    needs_grad: list[bool],
 ) -> Tensor:
-    if not (BACKENDS[backend].keeps_tiles and any(needs_grad)):
-        return scale.new_empty(0)
-    return empty_kept(most_elements(*_geometry(backend, z, candidates, needs_grad[:-1])), scale)
+    keeps = BACKENDS[backend].keeps_tiles and any(needs_grad)
+    return empty_kept(most_elements(*geometry) if keeps else 0, scale)
 
 
 def _forward(
@@ -107,10 +102,12 @@ def _forward(
     )
     num_views, num_samples, _ = z.shape
     problem = _make_problem(z, scale, sample_ids, max_scale, normalize)
-    plan = _plan(backend, z, candidates, needs_grad[:-1])
-    kept = _empty_kept(backend, z, scale, candidates, needs_grad)
+    geometry = _geometry(backend, z, candidates, needs_grad[:-1])
+    plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
+    kept = _empty_kept(backend, geometry, scale, needs_grad)
     workspace = Workspace(z.device, plan, kept)
-    kept[workspace.kept_elements :].zero_()  # a result must not be left to chance
+    if workspace.kept_elements < kept.numel():
+        kept[workspace.kept_elements :].zero_()  # a result must not be left to chance
     stats = empty_stats(problem)
     for block in plan:
         module.block_stats(problem, block, stats, stats, workspace)
@@ -195,7 +192,8 @@ def _backward(
 ) -> list[Tensor]:
     """``kept``: of a forward pass in which the same views needed a gradient, or empty."""
     problem = _make_problem(z, scale, sample_ids, max_scale, normalize)
-    plan = _plan(backend, z, candidates, needs_grad[:-1])
+    geometry = _geometry(backend, z, candidates, needs_grad[:-1])
+    plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
     lse = subtractable(neg_lse.flatten())
     grad = grad_neg_lse.flatten().contiguous()
     hz, grad_scale = _matrix_gradient(BACKENDS[backend], problem, plan, kept, lse, grad, needs_grad)
@@ -248,7 +246,8 @@ def _forward_fake(
     neg_lse = scale.new_empty(num_views, num_samples)
     own = scale.new_empty(num_views, num_views, num_samples)
     z = scale.new_empty(num_views, num_samples, dim, dtype=compute_dtype)
-    kept = _empty_kept(backend, z, scale, candidates, needs_grad)
+    geometry = _geometry(backend, z, candidates, needs_grad[:-1])
+    kept = _empty_kept(backend, geometry, scale, needs_grad)
     norm = scale.new_empty((num_views, num_samples) if normalize else 0)
     return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept
 

@@ -139,8 +139,8 @@ class Workspace:
     Args:
         device: of the tiles.
         plan: the blocks that the pass visits.
-        kept: memory of any size that outlives the pass, in the accumulation dtype. The tiles of
-            the first blocks lie in it, as many as fit; what they hold is the backend's.
+        kept: memory of any size that outlives the pass, in the accumulation dtype, or None. The
+            tiles of the first blocks lie in it, as many as fit; what they hold is the backend's.
         leading: dimensions of a kept tile before its block's two.
 
     Attributes:
@@ -155,9 +155,7 @@ class Workspace:
         leading: tuple[int, ...] = (),
     ) -> None:
         self._device = device
-        self._elements = max(
-            (rows * _pitch(cols) for rows, cols in (b.shape for b in plan)), default=0
-        )
+        self._plan = plan
         self._slots: dict[tuple[int, torch.dtype], Tensor] = {}
         self._tiles: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
         self._kept: dict[Block, Tensor] = {}
@@ -184,11 +182,16 @@ class Workspace:
         count, pitch = math.prod(leading), _pitch(cols)
         buffer = self._slots.get((slot, dtype))
         if buffer is None:
-            buffer = torch.empty(count * self._elements, dtype=dtype, device=self._device)
+            most = max(b.shape[0] * _pitch(b.shape[1]) for b in self._plan)
+            buffer = torch.empty(count * most, dtype=dtype, device=self._device)
             self._slots[slot, dtype] = buffer
-        padded = buffer[: count * rows * pitch].view(*leading, rows, pitch)
-        self._tiles[slot, shape, dtype] = padded[..., :cols]
-        return padded[..., :cols]
+        strides, size = [pitch, 1], rows * pitch
+        for length in reversed(leading):
+            strides, size = [size, *strides], size * length
+        # One call where a slice, a view and a slice are three: they are what a small batch costs.
+        tile = buffer.as_strided(shape, strides)
+        self._tiles[slot, shape, dtype] = tile
+        return tile
 
 
 def _pitch(cols: int) -> int:

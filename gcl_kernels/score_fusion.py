@@ -129,7 +129,8 @@ def _forward(
     plan = _plan(backend, z, len(bases))
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
     workspace = Workspace(z.device, plan, kept, (2, 2))
-    kept[workspace.kept_elements :].zero_()  # a result must not be left to chance
+    if workspace.kept_elements < kept.numel():
+        kept[workspace.kept_elements :].zero_()  # a result must not be left to chance
     stats = empty_stats(problem)
     for block in plan:
         module.fused_block_stats(problem, block, stats, stats, workspace)

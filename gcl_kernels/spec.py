@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ def resolve_scale(
             raise ValueError(
                 f"{name}: expected device {device} like the embeddings, got {value.device}"
             )
-        scale = value.reshape(()).to(accum_dtype)
+        # A [] tensor as it is: reshaping it would add a node to the graph.
+        scale = (value.reshape(()) if value.dim() else value).to(accum_dtype)
         return (scale if name == "logit_scale" else scale.reciprocal()), None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
@@ -304,6 +306,19 @@ def make_loss_spec(
         table = tuple(tuple(True for _ in views) for _ in views)
     else:
         table = bool_table("candidates", candidates, num_views)
+    # Dynamo traces through the cache, and warns.
+    build = _loss_spec if torch.compiler.is_compiling() else _known_loss_spec
+    return build(weights, table, self_similarity, other_positives, reduction)
+
+
+def _loss_spec(
+    weights: FloatTable,
+    table: BoolTable,
+    self_similarity: str,
+    other_positives: str,
+    reduction: str,
+) -> LossSpec:
+    views = range(len(weights))
     anchors = [any(w > 0 for w in weights[a]) for a in views]
     for a in views:
         if anchors[a] and not any(table[a]):
@@ -320,3 +335,6 @@ def make_loss_spec(
         reduction=reduction,
         own_pairs=_own_pairs(used, weights, self_similarity, other_positives),
     )
+
+
+_known_loss_spec = lru_cache(maxsize=256)(_loss_spec)

@@ -29,7 +29,7 @@ constexpr int64_t fused_strip_rows = 8;
 constexpr int64_t padding = 16;
 // Less work than this is done before another thread has woken up: logits, and numbers to copy.
 constexpr int64_t parallel_elements = 16384;
-constexpr int64_t parallel_copies = 131072;
+constexpr int64_t parallel_copies = 65536;
 constexpr int64_t parallel_products = 1 << 20;
 constexpr int64_t product_part_rows = 96;
 
@@ -60,27 +60,32 @@ static void product(int threads, int64_t rows, int64_t depth, int64_t cols, Addr
   const Product<T> s{rows,         cols, depth,        at<T>(a), at<T>(b), a_pitch, b_pitch,
                      a_transposed, b_transposed, at<T>(c), c_pitch,  add};
   if (!kernels<T>().product) throw std::invalid_argument("product: needs AVX-512");
-  const int64_t panels = parts_of(cols, product_cols);
+  const bool parallel = rows * cols * depth >= parallel_products;
+  // Narrower panels where a few wide ones would leave threads without work.
+  int64_t width = product_cols;
+  while (parallel && width > padding &&
+         parts_of(cols, width) * parts_of(rows, product_part_rows) < threads)
+    width /= 2;
+  const int64_t panels = parts_of(cols, width);
   // Several parts a thread, so that none waits long for another; but each copies its slice of a
   // transposed B anew, which many rows must pay for.
   const int64_t wanted = parts_of(4 * threads, panels);
   const int64_t parts = std::max<int64_t>(1, std::min(rows / product_part_rows, wanted));
   const int64_t part_rows = parts_of(rows / parts, product_tile_rows) * product_tile_rows;
-  const bool parallel = rows * cols * depth >= parallel_products;
   // C = A A^T: multiplied from the diagonal's panel on, and mirrored.
   const bool symmetric = a == b && a_pitch == b_pitch && !a_transposed && b_transposed &&
                          rows == cols && !add;
   py::gil_scoped_release release;
   for_each_strip(panels * parts_of(rows, part_rows), threads, parallel, [&](int64_t task) {
-    const int64_t start = task % panels * product_cols, first = task / panels * part_rows;
-    const int64_t stop = std::min(cols, start + product_cols);
+    const int64_t start = task % panels * width, first = task / panels * part_rows;
+    const int64_t stop = std::min(cols, start + width);
     const int64_t last = std::min(symmetric ? stop : rows, first + part_rows);
     if (first < last) kernels<T>().product(s, first, last, start, stop);
   });
   if (!symmetric) return;
   for_each_strip(panels, threads, parallel, [&](int64_t panel) {
-    const int64_t start = panel * product_cols;
-    kernels<T>().mirror(s, start, std::min(cols, start + product_cols));
+    const int64_t start = panel * width;
+    kernels<T>().mirror(s, start, std::min(cols, start + width));
   });
 }
 
