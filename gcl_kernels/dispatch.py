@@ -32,6 +32,8 @@ class Backend:
         halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
             plan then cuts these blocks finer.
         product, add_product: matrix products, PyTorch's or its own.
+        statistics, matrix_gradient: a whole pass over a :class:`Problem` in one call. None, or None
+            returned: the loop over its blocks in ``negatives``.
         embed, embed_backward, embed_fused, fused_gradients: the O(M D) side of its problems:
             PyTorch's, or its own.
     """
@@ -43,6 +45,8 @@ class Backend:
     halves_diagonal: bool = False
     product: Callable[[Tensor, Tensor, Tensor], Tensor] = problem.product
     add_product: Callable[[Tensor, Tensor, Tensor], None] = problem.add_product
+    statistics: Callable[..., Tensor | None] | None = None
+    matrix_gradient: Callable[..., Tensor | None] | None = None
     embed: Callable[..., Any] = embeddings.embed
     embed_backward: Callable[..., Any] = embeddings.embed_backward
     embed_fused: Callable[..., Any] = embeddings.embed_fused
@@ -60,6 +64,8 @@ BACKENDS: dict[str, Backend] = {
         cpu.HALVES_DIAGONAL,
         cpu.product,
         cpu.add_product,
+        cpu.statistics,
+        cpu.matrix_gradient,
         cpu.embed,
         cpu.embed_backward,
         cpu.embed_fused,

@@ -95,7 +95,6 @@ def _forward(
     backend: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
-    module = BACKENDS[backend].module
     pairs = unflatten(own_pairs, 2)
     z, norm, inverse, own, own_logits = BACKENDS[backend].embed(
         views, pairs, normalize, compute_dtype, scale
@@ -105,26 +104,41 @@ def _forward(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
     kept = _empty_kept(backend, geometry, scale, needs_grad)
-    workspace = Workspace(z.device, plan, kept)
-    if workspace.kept_elements < kept.numel():
-        kept[workspace.kept_elements :].zero_()  # a result must not be left to chance
+    neg_lse = _statistics(BACKENDS[backend], problem, plan, kept).view(num_views, num_samples)
+    return neg_lse, own_logits, z, norm, inverse, own, kept
+
+
+def _statistics(
+    backend: Backend, problem: Problem, plan: tuple[Block, ...], kept: Tensor
+) -> Tensor:
+    """``neg_lse`` [M]; tiles that fit into ``kept`` are there."""
+    if backend.statistics is not None:
+        neg_lse = backend.statistics(problem, plan, kept)
+        if neg_lse is not None:
+            return neg_lse
+    workspace = Workspace(problem.z_rows.device, plan, kept)
     stats = empty_stats(problem)
     for block in plan:
-        module.block_stats(problem, block, stats, stats, workspace)
-    neg_lse = stats.sum.log_().add_(stats.max).view(num_views, num_samples)
-    return neg_lse, own_logits, z, norm, inverse, own, kept
+        backend.module.block_stats(problem, block, stats, stats, workspace)
+    kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
+    return stats.sum.log_().add_(stats.max)
 
 
 def _matrix_gradient(
     backend: Backend,
     problem: Problem,
-    plan: Sequence[Block],
+    plan: tuple[Block, ...],
     kept: Tensor,
-    lse: Tensor,
+    neg_lse: Tensor,
     grad: Tensor,
     needs_grad: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """``H z`` [M, D], and the share of ``dL/ds`` that half of ``<z, H z>`` leaves out."""
+) -> tuple[Tensor, Tensor | None]:
+    """``H z`` [M, D], and the share of ``dL/ds`` that half of ``<z, H z>`` leaves out, if any."""
+    if backend.matrix_gradient is not None:
+        hz = backend.matrix_gradient(problem, plan, kept, neg_lse, grad, needs_grad)
+        if hz is not None:
+            return hz, None
+    lse = subtractable(neg_lse)
     *needs_view, needs_scale = needs_grad
     needs_all, num_samples = all(needs_view), problem.z_rows.shape[0] // len(needs_view)
     unit = weight_unit(grad, problem.compute_dtype)
@@ -194,9 +208,10 @@ def _backward(
     problem = _make_problem(z, scale, sample_ids, max_scale, normalize)
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
-    lse = subtractable(neg_lse.flatten())
     grad = grad_neg_lse.flatten().contiguous()
-    hz, grad_scale = _matrix_gradient(BACKENDS[backend], problem, plan, kept, lse, grad, needs_grad)
+    hz, grad_scale = _matrix_gradient(
+        BACKENDS[backend], problem, plan, kept, neg_lse.flatten(), grad, needs_grad
+    )
     grads, grad_scale_of_views = BACKENDS[backend].embed_backward(
         views,
         normalize,
@@ -209,8 +224,9 @@ def _backward(
         scale,
         needs_grad[:-1],
     )
-    grad_scale += grad_scale_of_views
-    return [*grads, grad_scale]
+    if grad_scale is not None:
+        grad_scale_of_views += grad_scale
+    return [*grads, grad_scale_of_views]
 
 
 LIBRARY.define(

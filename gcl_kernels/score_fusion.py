@@ -129,8 +129,7 @@ def _forward(
     plan = _plan(backend, z, len(bases))
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
     workspace = Workspace(z.device, plan, kept, (2, 2))
-    if workspace.kept_elements < kept.numel():
-        kept[workspace.kept_elements :].zero_()  # a result must not be left to chance
+    kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
     stats = empty_stats(problem)
     for block in plan:
         module.fused_block_stats(problem, block, stats, stats, workspace)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_contract import check, random_views
 from test_score_fusion import check as check_fused
 from torch import Tensor
 
 import gcl_kernels
+from gcl_kernels import problem
 from gcl_kernels.backends import cpu
+from gcl_kernels.blocks import plan_blocks
+from gcl_kernels.dispatch import BACKENDS
+from gcl_kernels.problem import Workspace
 
 pytestmark = pytest.mark.skipif(
     cpu.why_unavailable() is not None, reason="the CPU extension is not built"
@@ -124,6 +131,60 @@ def test_every_instruction_set(instruction_set, ragged, dtype, scale):
     views = random_views(53, 37, torch.device("cpu"))
     check(views, scale, backend="cpu", dtypes=(dtype,) * 3)
     check_fused(views[:2], scale, backend="cpu", dtypes=(dtype,) * 2)
+
+
+UNUSED_VIEW = [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("halved", [False, True])
+@pytest.mark.parametrize("kept", [0, 700, 1 << 20])
+@pytest.mark.parametrize("needs", [(1, 1, 1, 0), (0, 1, 0, 0), (1, 0, 1, 1)], ids=str)
+@pytest.mark.parametrize("candidates", [None, [[1, 0, 1], [0, 0, 1], [0, 1, 0]], UNUSED_VIEW])
+def test_a_pass_in_one_call_is_the_loop_over_blocks(
+    has_product, ragged, monkeypatch, candidates, needs, kept, halved
+):
+    """The same numbers; some rows have no negative, and some tiles stay between the passes, of
+    which one may be a call and the other a loop."""
+    monkeypatch.setattr(problem, "KEPT_ELEMENTS", kept)
+    shown = [v.float() for v in random_views(45, 12, torch.device("cpu"))]
+    ids = torch.arange(45) // 3 * (torch.arange(45) > 20)
+    upstream = torch.rand(3, 45)
+
+    def run(**passes):
+        row = dataclasses.replace(BACKENDS["cpu"], halves_diagonal=halved, **passes)
+        monkeypatch.setitem(BACKENDS, "cpu", row)
+        leaves = [
+            value.clone().requires_grad_(bool(need))
+            for value, need in zip((*shown, torch.tensor(30.0)), needs, strict=True)
+        ]
+        arguments = {"candidates": candidates, "sample_ids": ids, "backend": "cpu"}
+        result = gcl_kernels.neg_lse(leaves[:3], leaves[3], **arguments)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        total = (result.clamp_min(-1e4) * upstream).sum()
+        return [result.detach(), *torch.autograd.grad(total, wanted)]
+
+    whole, loop = run(), run(statistics=None, matrix_gradient=None)
+    for one, other in zip(whole, loop, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_in_any_order(has_product, seed):
+    """Rows are first written, then added to, whichever blocks come first."""
+    size = 100
+    z, scale = F.normalize(torch.randn(size, 20), dim=-1), torch.tensor(9.0)
+    square = problem.Problem(z, z, None, None, scale, 9.0, True)
+    plan = list(plan_blocks(size, ((True,),), 32, halve_diagonal=True))
+    random.Random(seed).shuffle(plan)
+    kept, grad = torch.full((2500,), torch.nan), torch.rand(size)
+    neg_lse = cpu.statistics(square, tuple(plan), kept)
+    hz = cpu.matrix_gradient(square, tuple(plan), kept, neg_lse, grad, [True, True])
+    x = (9.0 * z @ z.T).fill_diagonal_(-torch.inf)
+    h = grad[:, None] * (x - neg_lse[:, None]).exp()
+    torch.testing.assert_close(neg_lse, x.logsumexp(1))
+    torch.testing.assert_close(hz, (h + h.T) @ z)
+    used = Workspace(z.device, plan, kept).kept_elements
+    assert not kept.isnan().any() and 0 < used < 2500 and (kept[used:] == 0).all()
 
 
 def test_an_unknown_instruction_set_is_refused():

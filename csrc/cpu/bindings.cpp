@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -92,16 +93,19 @@ static void product(int threads, int64_t rows, int64_t depth, int64_t cols, Addr
 // A block's place, whom it serves, and its mask.
 struct BlockPlace {
   int64_t row_start, rows, col_start, cols;
-  bool serves_rows, serves_cols;
+  bool serves_rows, serves_cols, diagonal;
   std::vector<int64_t> offsets;
   Address row_ids, col_ids;  // 0: the default ids
 
-  explicit BlockPlace(const py::tuple& t)
+  BlockPlace(const py::tuple& t, Address row_ids, Address col_ids)
       : row_start(t[0].cast<int64_t>()), rows(t[1].cast<int64_t>()),
         col_start(t[2].cast<int64_t>()), cols(t[3].cast<int64_t>()),
         serves_rows(t[4].cast<bool>()), serves_cols(t[5].cast<bool>()),
-        offsets(t[6].cast<std::vector<int64_t>>()), row_ids(t[7].cast<Address>()),
-        col_ids(t[8].cast<Address>()) {}
+        diagonal(t[6].cast<bool>()), offsets(t[7].cast<std::vector<int64_t>>()),
+        row_ids(row_ids), col_ids(col_ids) {}
+
+  // The columns of a block on the diagonal are its rows: sums of both would count them twice.
+  bool sums_cols() const { return serves_cols && !diagonal; }
 
   Mask mask(int64_t first_row) const {
     if (row_ids)
@@ -113,9 +117,9 @@ struct BlockPlace {
 
 template <class T>
 static void block_stats(int threads, Address dots, int64_t stride, const py::tuple& where,
-                        double scale, bool bounded, Address max, Address sum, Address col_max,
-                        Address col_sum) {
-  const BlockPlace b(where);
+                        Address row_ids, Address col_ids, double scale, bool bounded, Address max,
+                        Address sum, Address col_max, Address col_sum) {
+  const BlockPlace b(where, row_ids, col_ids);
   const int64_t strips = parts_of(b.rows, strip_rows), pitch = padded(b.cols);
   std::vector<T> strip_max(bounded ? 0 : strips * pitch, std::numeric_limits<T>::lowest());
   std::vector<T> strip_sum(strips * pitch, T(0));
@@ -128,7 +132,7 @@ static void block_stats(int threads, Address dots, int64_t stride, const py::tup
       s.stride = stride, s.rows = rows, s.cols = b.cols;
       s.scale = T(scale);
       s.mask = b.mask(start);
-      s.serves_rows = b.serves_rows, s.serves_cols = b.serves_cols;
+      s.serves_rows = b.serves_rows, s.serves_cols = b.sums_cols();
       s.row_sum = at<T>(sum, b.row_start + start);
       s.col_sum = strip_sum.data() + strip * pitch;
       if (bounded) {
@@ -141,7 +145,7 @@ static void block_stats(int threads, Address dots, int64_t stride, const py::tup
       s.buffer = buffer.data(), s.buffer_stride = pitch;
       kernels<T>().stats_running(s);
     });
-    if (!b.serves_cols) return;
+    if (!b.sums_cols()) return;
     T *total_max = at<T>(col_max, b.col_start), *total_sum = at<T>(col_sum, b.col_start);
     for (int64_t strip = 0; strip < strips; ++strip) {
       const T* part = strip_sum.data() + strip * pitch;
@@ -167,9 +171,10 @@ static void factors(T* factor, T* lse, const T* from_grad, const T* from_lse, in
 
 template <class T>
 static void block_weights(int threads, Address dots, int64_t stride, const py::tuple& where,
-                          double scale, bool bounded, Address row_lse, Address row_grad,
-                          Address col_lse, Address col_grad, Address out, int64_t out_stride) {
-  const BlockPlace b(where);
+                          Address row_ids, Address col_ids, double scale, bool bounded,
+                          Address row_lse, Address row_grad, Address col_lse, Address col_grad,
+                          Address out, int64_t out_stride) {
+  const BlockPlace b(where, row_ids, col_ids);
   const int64_t pitch = padded(b.cols);
   std::vector<T> numbers(2 * b.rows + 2 * pitch, T(0));
   T *row_factor = numbers.data(), *row_l = row_factor + b.rows, *col_factor = row_l + b.rows,
@@ -186,6 +191,131 @@ static void block_weights(int threads, Address dots, int64_t stride, const py::t
                           b.mask(start), row_l + start, row_factor + start, col_l, col_factor,
                           at<T>(out, start * out_stride), out_stride});
   });
+}
+
+// The tiles of a pass: the first ones in memory that outlives it, as many as fit, the others one
+// after the other in one place. As Workspace of gcl_kernels/problem.py lays them out.
+template <class T>
+class Tiles {
+ public:
+  struct Tile {
+    T* data;
+    int64_t pitch;
+    bool kept;
+  };
+
+  Tiles(const std::vector<py::tuple>& plan, Address kept, int64_t elements)
+      : kept_(at<T>(kept)), left_(elements) {
+    for (const py::tuple& where : plan) {
+      const BlockPlace b(where, 0, 0);
+      most_ = std::max(most_, b.rows * padded(b.cols));
+    }
+  }
+
+  Tile next(const BlockPlace& b) {
+    const int64_t size = b.rows * b.cols;
+    full_ = full_ || size > left_;
+    if (full_) return scratch(b);
+    const Tile tile{kept_, b.cols, true};
+    kept_ += size, left_ -= size;
+    return tile;
+  }
+
+  Tile scratch(const BlockPlace& b) {
+    if (!scratch_) scratch_.reset(new T[most_]);
+    return {scratch_.get(), padded(b.cols), false};
+  }
+
+  // An operator's result must not be left to chance.
+  void clear_rest() { std::fill(kept_, kept_ + left_, T(0)); }
+
+ private:
+  T* kept_;
+  int64_t left_, most_ = 0;
+  bool full_ = false;
+  std::unique_ptr<T[]> scratch_;
+};
+
+template <class T>
+static Address address(T* pointer) {
+  return reinterpret_cast<Address>(pointer);
+}
+
+// Ctrl-C ends a long pass between two blocks.
+static void check_signals() {
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+// neg_lse of all rows of z.
+template <class T>
+static void statistics(int threads, const std::vector<py::tuple>& plan, Address z, int64_t rows,
+                       int64_t dim, double scale, bool bounded, Address kept,
+                       int64_t kept_elements, Address ids, Address neg_lse) {
+  Tiles<T> tiles(plan, kept, kept_elements);
+  std::vector<T> max(rows, bounded ? T(scale) : std::numeric_limits<T>::lowest()), sum(rows, T(0));
+  const Address m = address(max.data()), l = address(sum.data());
+  for (const py::tuple& where : plan) {
+    const BlockPlace b(where, ids, ids);
+    const auto tile = tiles.next(b);
+    check_signals();
+    product<T>(threads, b.rows, dim, b.cols, address(at<T>(z, b.row_start * dim)), dim, false,
+               address(at<T>(z, b.col_start * dim)), dim, true, address(tile.data), tile.pitch,
+               false);
+    block_stats<T>(threads, address(tile.data), tile.pitch, where, ids, ids, scale, bounded, m, l,
+                   m, l);
+  }
+  tiles.clear_rest();
+  for (int64_t p = 0; p < rows; ++p) at<T>(neg_lse)[p] = std::log(sum[p]) + max[p];
+}
+
+// H z, for the views that need it: the others' rows are zero.
+template <class T>
+static void matrix_gradient(int threads, const std::vector<py::tuple>& plan, Address z,
+                            int64_t rows, int64_t dim, double scale, bool bounded, Address kept,
+                            int64_t kept_elements, Address ids, Address neg_lse, Address grad,
+                            const std::vector<bool>& needs_view, Address hz) {
+  Tiles<T> tiles(plan, kept, kept_elements);
+  const int64_t samples = rows / int64_t(needs_view.size());
+  // exp(x - inf) = 0: a row without a negative has no weights, whatever its masked x are.
+  std::vector<T> lse(at<T>(neg_lse), at<T>(neg_lse) + rows);
+  for (T& value : lse)
+    if (value == -std::numeric_limits<T>::infinity()) value = -value;
+  const Address l = address(lse.data());
+  // The first product of a row is written, not added to zeros.
+  std::vector<char> begun(rows, false);
+  const auto clear = [&](int64_t start, int64_t stop) {
+    for (int64_t p = start; p < stop; ++p)
+      if (!begun[p]) std::fill_n(at<T>(hz, p * dim), dim, T(0));
+  };
+  for (const py::tuple& where : plan) {
+    const BlockPlace b(where, ids, ids);
+    const auto dots = tiles.next(b);
+    check_signals();
+    const auto add = [&](int64_t start, int64_t count, Address weights, int64_t pitch,
+                         bool transposed, int64_t from, int64_t depth) {
+      const bool adds = std::count(begun.begin() + start, begun.begin() + start + count, true) > 0;
+      if (adds) clear(start, start + count);
+      product<T>(threads, count, depth, dim, weights, pitch, transposed,
+                 address(at<T>(z, from * dim)), dim, false, address(at<T>(hz, start * dim)), dim,
+                 adds);
+      std::fill_n(begun.begin() + start, count, true);
+    };
+    const bool needs_rows = needs_view[b.row_start / samples];
+    const bool needs_cols = needs_view[b.col_start / samples] && !b.diagonal;
+    if (!needs_rows && !needs_cols) continue;
+    if (!dots.kept)
+      product<T>(threads, b.rows, dim, b.cols, address(at<T>(z, b.row_start * dim)), dim, false,
+                 address(at<T>(z, b.col_start * dim)), dim, true, address(dots.data), dots.pitch,
+                 false);
+    const auto weights = tiles.scratch(b);
+    block_weights<T>(threads, address(dots.data), dots.pitch, where, ids, ids, scale, bounded, l,
+                     grad, l, grad, address(weights.data), weights.pitch);
+    if (needs_rows)
+      add(b.row_start, b.rows, address(weights.data), weights.pitch, false, b.col_start, b.cols);
+    if (needs_cols)
+      add(b.col_start, b.cols, address(weights.data), weights.pitch, true, b.row_start, b.rows);
+  }
+  clear(0, rows);
 }
 
 // Samples in `threads` ranges: no sample's result depends on another.
@@ -275,7 +405,7 @@ static FusedStrip<T> fused_strip(const BlockPlace& b, Address y, int64_t stride,
   for (int base = 0; base < 4; ++base) s.y[base / 2][base % 2] = at<T>(y, base * tile);
   s.stride = stride, s.rows = b.rows, s.cols = b.cols;
   s.views = int(bases.size()), s.scale = T(scale), s.bounded = bounded;
-  s.serves_cols = b.serves_cols;
+  s.serves_cols = b.sums_cols();
   std::copy(bases.begin(), bases.end(), s.bases);
   std::copy(candidates.begin(), candidates.end(), s.candidates);
   s.row_coefficient = at<T>(row_coefficients, b.row_start);
@@ -305,11 +435,12 @@ static void advance(FusedStrip<T>& s, int64_t start, int64_t rows) {
 
 template <class T>
 static void fused_block_stats(int threads, Address y, int64_t stride, const py::tuple& where,
+                              Address row_ids, Address col_ids,
                               const std::vector<int>& bases, const std::vector<bool>& candidates,
                               double scale, bool bounded, Address row_coefficients,
                               int64_t row_samples, Address col_coefficients, int64_t col_samples,
                               Address max, Address sum, Address col_max, Address col_sum) {
-  const BlockPlace b(where);
+  const BlockPlace b(where, row_ids, col_ids);
   const int64_t views = bases.size(), pitch = padded(b.cols);
   const auto columns =
       gather<T>(col_coefficients, views * 2, col_samples, b.col_start, b.cols, pitch);
@@ -334,7 +465,7 @@ static void fused_block_stats(int threads, Address y, int64_t stride, const py::
     s.col_max = strip_max.data() + strip * size, s.buffer = buffer.data();
     kernels<T>().fused_stats_running(s);
   });
-  if (!b.serves_cols) return;
+  if (!b.sums_cols()) return;
   for (int64_t strip = 0; strip < strips; ++strip) {
     for (int64_t v = 0; v < views; ++v) {
       const T* part = strip_sum.data() + strip * size + v * pitch;
@@ -352,13 +483,14 @@ static void fused_block_stats(int threads, Address y, int64_t stride, const py::
 
 template <class T>
 static void fused_block_weights(int threads, Address y, int64_t stride, const py::tuple& where,
+                                Address row_ids, Address col_ids,
                                 const std::vector<int>& bases, const std::vector<bool>& candidates,
                                 double scale, bool bounded, Address row_coefficients,
                                 int64_t row_samples, Address col_coefficients, int64_t col_samples,
                                 Address row_lse, Address row_grad, Address col_lse,
                                 Address col_grad, Address row_inner, Address col_inner,
                                 Address out, int64_t out_stride) {
-  const BlockPlace b(where);
+  const BlockPlace b(where, row_ids, col_ids);
   const int64_t views = bases.size(), pitch = padded(b.cols);
   const auto columns =
       gather<T>(col_coefficients, views * 2, col_samples, b.col_start, b.cols, pitch);
@@ -394,7 +526,7 @@ static void fused_block_weights(int threads, Address y, int64_t stride, const py
     s.out_stride = out_stride;
     kernels<T>().fused_weights(s);
   });
-  if (!b.serves_cols) return;
+  if (!b.sums_cols()) return;
   for (int64_t strip = 0; strip < strips; ++strip) {
     for (int64_t v = 0; v < views * 2; ++v) {
       const T* part = strip_inner.data() + strip * size + v * pitch;
@@ -438,6 +570,8 @@ PYBIND11_MODULE(_cpu, m) {
   both("product", product<float>, product<double>);
   both("block_stats", block_stats<float>, block_stats<double>);
   both("block_weights", block_weights<float>, block_weights<double>);
+  both("statistics", statistics<float>, statistics<double>);
+  both("matrix_gradient", matrix_gradient<float>, matrix_gradient<double>);
   both("embed", embed<float>, embed<double>);
   both("embed_backward", embed_backward<float>, embed_backward<double>);
   both("embed_fused", embed_fused<float>, embed_fused<double>);

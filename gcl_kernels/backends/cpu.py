@@ -10,6 +10,7 @@ number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -80,28 +81,36 @@ def _scale(problem: Problem | FusedProblem) -> float:
     return float(problem.scale) if problem.max_scale is None else problem.max_scale
 
 
-def _place(
-    block: Block, ids: tuple[Tensor, Tensor] | None, serves_cols: bool
-) -> tuple[int | bool | tuple[int, ...], ...]:
-    """Where a block lies, whom it serves and how it is masked, as the extension reads it."""
+def _place(block: Block) -> tuple[int | bool | tuple[int, ...], ...]:
+    """Where a block lies and whom it serves, as the extension reads it."""
     return (
         block.row_start,
         block.row_stop - block.row_start,
         block.col_start,
         block.col_stop - block.col_start,
         block.serves_rows,
-        serves_cols,
+        block.serves_cols,
+        block.diagonal,
         block.same_sample_offsets,
-        0 if ids is None else ids[0].data_ptr(),
-        0 if ids is None else ids[1].data_ptr(),
     )
 
 
-def _ids(problem: Problem | FusedProblem) -> tuple[Tensor, Tensor] | None:
+@lru_cache(maxsize=256)
+def _places(plan: tuple[Block, ...]) -> list[Any]:
+    return [_place(block) for block in plan]
+
+
+def _ids(problem: Problem | FusedProblem) -> tuple[Tensor | None, Tensor | None]:
     """Explicit ids as int64; they must outlive the call that takes their addresses."""
-    if problem.ids_rows is None or problem.ids_cols is None:
-        return None
-    return problem.ids_rows.to(torch.int64), problem.ids_cols.to(torch.int64)
+    rows, cols = problem.ids_rows, problem.ids_cols
+    return (
+        None if rows is None else rows.to(torch.int64),
+        None if cols is None else cols.to(torch.int64),
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _layout(matrix: Tensor) -> tuple[int, bool]:
@@ -157,7 +166,8 @@ def block_stats(
         torch.get_num_threads(),
         dots.data_ptr(),
         dots.stride(0),
-        _place(block, ids, block.serves_cols and not block.diagonal),
+        _place(block),
+        *map(_address, ids),
         _scale(problem),
         bounded(problem),
         rows.max.data_ptr(),
@@ -189,7 +199,8 @@ def block_weights(
         torch.get_num_threads(),
         dots.data_ptr(),
         dots.stride(0),
-        _place(block, ids, block.serves_cols),
+        _place(block),
+        *map(_address, ids),
         _scale(problem),
         bounded(problem),
         lse_rows.data_ptr(),
@@ -200,6 +211,60 @@ def block_weights(
         out.stride(0),
     )
     return out
+
+
+def _pass(problem: Problem, plan: tuple[Block, ...], kept: Tensor) -> tuple[Any, ...]:
+    rows, dim = problem.z_rows.shape
+    return (
+        torch.get_num_threads(),
+        _places(plan),
+        problem.z_rows.data_ptr(),
+        rows,
+        dim,
+        _scale(problem),
+        bounded(problem),
+        kept.data_ptr(),
+        kept.numel(),
+    )
+
+
+def statistics(problem: Problem, plan: tuple[Block, ...], kept: Tensor) -> Tensor | None:
+    """``neg_lse`` [M]: all blocks in one call, whose cost in Python would be a small batch's. None
+    where the products are PyTorch's."""
+    if not _cpu.product_pays():
+        return None
+    ids, _ = _ids(problem)
+    neg_lse = problem.scale.new_empty(problem.z_rows.shape[0])
+    _function("statistics", problem.accum_dtype)(
+        *_pass(problem, plan, kept), _address(ids), neg_lse.data_ptr()
+    )
+    return neg_lse
+
+
+def matrix_gradient(
+    problem: Problem,
+    plan: tuple[Block, ...],
+    kept: Tensor,
+    neg_lse: Tensor,
+    grad: Tensor,
+    needs_grad: Sequence[bool],
+) -> Tensor | None:
+    """``H z`` [M, D] in one call. None where the products are PyTorch's, or where the scale's
+    gradient has shares that are not in ``<z, H z>``."""
+    *needs_view, needs_scale = needs_grad
+    if not _cpu.product_pays() or (needs_scale and not all(needs_view)):
+        return None
+    ids, _ = _ids(problem)
+    hz = torch.empty_like(problem.z_rows)
+    _function("matrix_gradient", problem.accum_dtype)(
+        *_pass(problem, plan, kept),
+        _address(ids),
+        neg_lse.data_ptr(),
+        grad.data_ptr(),
+        needs_view,
+        hz.data_ptr(),
+    )
+    return hz
 
 
 def _plain(views: Sequence[Tensor], compute_dtype: torch.dtype, num_views: int) -> bool:
@@ -363,13 +428,14 @@ def fused_block_rows(z: Tensor, num_views: int) -> int:
 
 
 def _fused_arguments(
-    problem: FusedProblem, block: Block, y: Tensor, ids: tuple[Tensor, Tensor] | None
+    problem: FusedProblem, block: Block, y: Tensor, ids: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Any, ...]:
     return (
         torch.get_num_threads(),
         y.data_ptr(),
         y.stride(2),
-        _place(block, ids, block.serves_cols and not block.diagonal),
+        _place(block),
+        *map(_address, ids),
         [-1 if base is None else base for base in problem.bases],
         [entry for row in problem.candidates for entry in row],
         _scale(problem),
