@@ -32,8 +32,9 @@ class Backend:
         halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
             plan then cuts these blocks finer.
         product, add_product: matrix products, PyTorch's or its own.
-        statistics, matrix_gradient: a whole pass over a :class:`Problem` in one call. None, or None
-            returned: the loop over its blocks in ``negatives``.
+        statistics, matrix_gradient, fused_statistics, fused_matrix_gradient: a whole pass over a
+            problem in one call. None, or None returned: the loop over its blocks in ``negatives``
+            or ``score_fusion``.
         embed, embed_backward, embed_fused, fused_gradients: the O(M D) side of its problems:
             PyTorch's, or its own.
     """
@@ -47,6 +48,8 @@ class Backend:
     add_product: Callable[[Tensor, Tensor, Tensor], None] = problem.add_product
     statistics: Callable[..., Tensor | None] | None = None
     matrix_gradient: Callable[..., Tensor | None] | None = None
+    fused_statistics: Callable[..., Tensor | None] | None = None
+    fused_matrix_gradient: Callable[..., tuple[Tensor, Tensor] | None] | None = None
     embed: Callable[..., Any] = embeddings.embed
     embed_backward: Callable[..., Any] = embeddings.embed_backward
     embed_fused: Callable[..., Any] = embeddings.embed_fused
@@ -66,6 +69,8 @@ BACKENDS: dict[str, Backend] = {
         cpu.add_product,
         cpu.statistics,
         cpu.matrix_gradient,
+        cpu.fused_statistics,
+        cpu.fused_matrix_gradient,
         cpu.embed,
         cpu.embed_backward,
         cpu.embed_fused,

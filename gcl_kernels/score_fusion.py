@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from gcl_kernels.blocks import Block, most_elements, plan_blocks
-from gcl_kernels.dispatch import BACKENDS
+from gcl_kernels.dispatch import BACKENDS, Backend
 from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
     LIBRARY,
@@ -119,7 +119,6 @@ def _forward(
     backend: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
-    module = BACKENDS[backend].module
     z, inverse, lengths, coefficients, dots = BACKENDS[backend].embed_fused(
         (e_0, e_1), mixing, bases, normalize, compute_dtype, scale.dtype
     )
@@ -128,26 +127,42 @@ def _forward(
     )
     plan = _plan(backend, z, len(bases))
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
-    workspace = Workspace(z.device, plan, kept, (2, 2))
-    kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
-    stats = empty_stats(problem)
-    for block in plan:
-        module.fused_block_stats(problem, block, stats, stats, workspace)
-    neg_lse = stats.sum.log_().add_(stats.max)
+    neg_lse = _statistics(BACKENDS[backend], problem, plan, kept)
     own_logits = mark_absent_(_similarities(coefficients, dots)[1] * scale, unflatten(own_pairs, 2))
     return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept
 
 
+def _statistics(
+    row: Backend, problem: FusedProblem, plan: tuple[Block, ...], kept: Tensor
+) -> Tensor:
+    """``neg_lse`` [V, N]; tiles that fit into ``kept`` are there."""
+    if row.fused_statistics is not None:
+        neg_lse = row.fused_statistics(problem, plan, kept)
+        if neg_lse is not None:
+            return neg_lse
+    workspace = Workspace(problem.z_rows.device, plan, kept, (2, 2))
+    stats = empty_stats(problem)
+    for block in plan:
+        row.module.fused_block_stats(problem, block, stats, stats, workspace)
+    kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
+    return stats.sum.log_().add_(stats.max)
+
+
 def _matrix_gradient(
-    backend: str,
+    row: Backend,
     problem: FusedProblem,
+    plan: tuple[Block, ...],
     kept: Tensor,
-    lse: Tensor,
+    neg_lse: Tensor,
     grad: Tensor,
     needs_base: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """``R`` [2, N, D] and ``U`` [V, 2, N] in the accumulation dtype."""
-    row = BACKENDS[backend]
+    if row.fused_matrix_gradient is not None:
+        result = row.fused_matrix_gradient(problem, plan, kept, neg_lse, grad, needs_base)
+        if result is not None:
+            return result
+    lse = subtractable(neg_lse)
     z, coefficients = problem.z_rows, problem.coefficients_rows
     unit = weight_unit(grad, problem.compute_dtype)
     if unit is not None:
@@ -156,7 +171,6 @@ def _matrix_gradient(
         grad = grad / unit
     r = torch.zeros_like(z, dtype=problem.accum_dtype)
     inner = torch.zeros_like(coefficients)
-    plan = _plan(backend, z, len(problem.bases))
     workspace = Workspace(z.device, plan, kept, (2, 2))
     for block in plan:
         f = row.module.fused_block_weights(
@@ -201,7 +215,13 @@ def _backward(
         z, coefficients, bases, candidates, scale, sample_ids, max_scale, normalize
     )
     r, inner = _matrix_gradient(
-        backend, problem, kept, subtractable(neg_lse), grad_neg_lse.contiguous(), needs_grad[:2]
+        BACKENDS[backend],
+        problem,
+        _plan(backend, z, len(bases)),
+        kept,
+        neg_lse.contiguous(),
+        grad_neg_lse.contiguous(),
+        needs_grad[:2],
     )
     toward_bases, own = _similarities(coefficients, dots)
     half_sum = (coefficients * inner).sum().mul_(0.5)

@@ -168,6 +168,33 @@ def test_a_pass_in_one_call_is_the_loop_over_blocks(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())
 
 
+@pytest.mark.parametrize("halved", [False, True])
+@pytest.mark.parametrize("kept", [0, 2500, 1 << 20])
+@pytest.mark.parametrize("needs", [(1, 1, 1), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize("candidates", [None, [[1, 0, 1], [0, 0, 1], [0, 1, 0]], UNUSED_VIEW])
+def test_a_fused_pass_in_one_call_is_the_loop_over_blocks(
+    has_product, ragged, monkeypatch, candidates, needs, kept, halved
+):
+    monkeypatch.setattr(problem, "KEPT_ELEMENTS", kept)
+    shown = [v.float() for v in random_views(45, 12, torch.device("cpu"))[:2]]
+    weights = None if candidates is not UNUSED_VIEW else [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    options = {"candidates": candidates, "pair_weights": weights, "backend": "cpu"}
+
+    def run(**passes):
+        row = dataclasses.replace(BACKENDS["cpu"], halves_diagonal=halved, **passes)
+        monkeypatch.setitem(BACKENDS, "cpu", row)
+        leaves = [
+            value.clone().requires_grad_(bool(need))
+            for value, need in zip((*shown, torch.tensor(30.0)), needs, strict=True)
+        ]
+        loss = gcl_kernels.gcl_loss(*leaves[:2], logit_scale=leaves[2], **options)
+        return [loss.detach(), *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
+
+    whole, loop = run(), run(fused_statistics=None, fused_matrix_gradient=None)
+    for one, other in zip(whole, loop, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_in_any_order(has_product, seed):
     """Rows are first written, then added to, whichever blocks come first."""

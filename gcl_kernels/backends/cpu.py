@@ -447,6 +447,59 @@ def _fused_arguments(
     )
 
 
+def _fused_pass(problem: FusedProblem, plan: tuple[Block, ...], kept: Tensor) -> tuple[Any, ...]:
+    return (
+        torch.get_num_threads(),
+        _places(plan),
+        problem.z_rows.data_ptr(),
+        *problem.z_rows.shape[1:],
+        [-1 if base is None else base for base in problem.bases],
+        [entry for row in problem.candidates for entry in row],
+        _scale(problem),
+        bounded(problem),
+        problem.coefficients_rows.data_ptr(),
+        kept.data_ptr(),
+        kept.numel(),
+    )
+
+
+def fused_statistics(problem: FusedProblem, plan: tuple[Block, ...], kept: Tensor) -> Tensor | None:
+    """As :func:`statistics`: [V, N]."""
+    if not _cpu.product_pays():
+        return None
+    ids, _ = _ids(problem)
+    neg_lse = problem.scale.new_empty(len(problem.bases), problem.z_rows.shape[1])
+    _function("fused_statistics", problem.accum_dtype)(
+        *_fused_pass(problem, plan, kept), _address(ids), neg_lse.data_ptr()
+    )
+    return neg_lse
+
+
+def fused_matrix_gradient(
+    problem: FusedProblem,
+    plan: tuple[Block, ...],
+    kept: Tensor,
+    neg_lse: Tensor,
+    grad: Tensor,
+    needs_base: Sequence[bool],
+) -> tuple[Tensor, Tensor] | None:
+    """``R`` [2, N, D] and ``U`` [V, 2, N] in one call; None where the products are PyTorch's."""
+    if not _cpu.product_pays():
+        return None
+    ids, _ = _ids(problem)
+    r, inner = torch.empty_like(problem.z_rows), torch.zeros_like(problem.coefficients_rows)
+    _function("fused_matrix_gradient", problem.accum_dtype)(
+        *_fused_pass(problem, plan, kept),
+        _address(ids),
+        neg_lse.data_ptr(),
+        grad.data_ptr(),
+        needs_base,
+        r.data_ptr(),
+        inner.data_ptr(),
+    )
+    return r, inner
+
+
 def fused_block_stats(
     problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
 ) -> None:
