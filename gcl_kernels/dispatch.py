@@ -27,8 +27,7 @@ class Backend:
         module: its block functions (``reference`` has none: it is dense).
         why_unavailable: None where it can run on this machine, else the reason.
         why_not: None where it serves tensors of this device and compute dtype, else the reason.
-        keeps_tiles: a small problem's tiles stay in memory between the passes (on a GPU recomputing
-            one costs less than its way through memory and one launch).
+        keeps_tiles: the first tiles stay in memory between the passes, see ``problem``.
         halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
             plan then cuts these blocks finer.
         product, add_product: matrix products, PyTorch's or its own.

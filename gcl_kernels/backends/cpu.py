@@ -2,9 +2,9 @@
 
 Definitions as in ``tiled``. One call computes a block's statistics or weights in one pass over the
 tile while it lies in the cache, and one call makes unit vectors or their gradients. Matrix products
-are PyTorch's, or the extension's own where those are faster. The extension ``gcl_kernels._cpu``
-(``csrc/cpu``) takes addresses, so that it serves every PyTorch; its results do not depend on the
-number of threads.
+are PyTorch's, or the extension's own where those are faster; a whole pass over the blocks is then
+one call. The extension ``gcl_kernels._cpu`` (``csrc/cpu``) takes addresses, so that it serves every
+PyTorch; its results do not depend on the number of threads.
 """
 
 from __future__ import annotations
