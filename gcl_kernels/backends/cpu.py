@@ -95,7 +95,7 @@ def _place(block: Block) -> tuple[int | bool | tuple[int, ...], ...]:
     )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _places(plan: tuple[Block, ...]) -> list[Any]:
     return [_place(block) for block in plan]
 
