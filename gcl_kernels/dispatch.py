@@ -19,6 +19,10 @@ ENVIRONMENT_VARIABLE = "GCL_KERNELS_BACKEND"
 """Names the backend that ``backend="auto"`` stands for. An explicit argument wins over it."""
 
 
+def by_blocks(*arguments: Any) -> None:
+    """No pass in one call."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """A row of the table.
@@ -32,8 +36,7 @@ class Backend:
             plan then cuts these blocks finer.
         product, add_product: matrix products, PyTorch's or its own.
         statistics, matrix_gradient, fused_statistics, fused_matrix_gradient: a whole pass over a
-            problem in one call. None, or None returned: the loop over its blocks in ``negatives``
-            or ``score_fusion``.
+            problem in one call. None is returned where the caller loops over its blocks.
         embed, embed_backward, embed_fused, fused_gradients: the O(M D) side of its problems:
             PyTorch's, or its own.
     """
@@ -45,10 +48,10 @@ class Backend:
     halves_diagonal: bool = False
     product: Callable[[Tensor, Tensor, Tensor], Tensor] = problem.product
     add_product: Callable[[Tensor, Tensor, Tensor], None] = problem.add_product
-    statistics: Callable[..., Tensor | None] | None = None
-    matrix_gradient: Callable[..., Tensor | None] | None = None
-    fused_statistics: Callable[..., Tensor | None] | None = None
-    fused_matrix_gradient: Callable[..., tuple[Tensor, Tensor] | None] | None = None
+    statistics: Callable[..., Tensor | None] = by_blocks
+    matrix_gradient: Callable[..., Tensor | None] = by_blocks
+    fused_statistics: Callable[..., Tensor | None] = by_blocks
+    fused_matrix_gradient: Callable[..., tuple[Tensor, Tensor] | None] = by_blocks
     embed: Callable[..., Any] = embeddings.embed
     embed_backward: Callable[..., Any] = embeddings.embed_backward
     embed_fused: Callable[..., Any] = embeddings.embed_fused

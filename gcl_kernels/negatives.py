@@ -37,7 +37,7 @@ from gcl_kernels.operators import (
     unwatched,
     weight_unit,
 )
-from gcl_kernels.problem import Problem, Workspace, empty_kept, empty_stats
+from gcl_kernels.problem import Problem, Workspace, empty_kept, neg_lse_by_blocks
 from gcl_kernels.spec import (
     BoolTable,
     NegativesSpec,
@@ -104,24 +104,12 @@ def _forward(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
     kept = _empty_kept(backend, geometry, scale, needs_grad)
-    neg_lse = _statistics(BACKENDS[backend], problem, plan, kept).view(num_views, num_samples)
+    neg_lse = BACKENDS[backend].statistics(problem, plan, kept)
+    if neg_lse is None:
+        block_stats = BACKENDS[backend].module.block_stats
+        neg_lse = neg_lse_by_blocks(block_stats, problem, plan, kept)
+    neg_lse = neg_lse.view(num_views, num_samples)
     return neg_lse, own_logits, z, norm, inverse, own, kept
-
-
-def _statistics(
-    backend: Backend, problem: Problem, plan: tuple[Block, ...], kept: Tensor
-) -> Tensor:
-    """``neg_lse`` [M]; tiles that fit into ``kept`` are there."""
-    if backend.statistics is not None:
-        neg_lse = backend.statistics(problem, plan, kept)
-        if neg_lse is not None:
-            return neg_lse
-    workspace = Workspace(problem.z_rows.device, plan, kept)
-    stats = empty_stats(problem)
-    for block in plan:
-        backend.module.block_stats(problem, block, stats, stats, workspace)
-    kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
-    return stats.sum.log_().add_(stats.max)
 
 
 def _matrix_gradient(
@@ -134,10 +122,9 @@ def _matrix_gradient(
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
     """``H z`` [M, D], and the share of ``dL/ds`` that half of ``<z, H z>`` leaves out, if any."""
-    if backend.matrix_gradient is not None:
-        hz = backend.matrix_gradient(problem, plan, kept, neg_lse, grad, needs_grad)
-        if hz is not None:
-            return hz, None
+    whole = backend.matrix_gradient(problem, plan, kept, neg_lse, grad, needs_grad)
+    if whole is not None:
+        return whole, None
     lse = subtractable(neg_lse)
     *needs_view, needs_scale = needs_grad
     needs_all, num_samples = all(needs_view), problem.z_rows.shape[0] // len(needs_view)

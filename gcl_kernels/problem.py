@@ -200,6 +200,23 @@ def _pitch(cols: int) -> int:
     return -(-cols // PITCH_MULTIPLE) * PITCH_MULTIPLE
 
 
+def neg_lse_by_blocks(
+    block_stats: Callable[..., None],
+    problem: Problem | FusedProblem,
+    plan: Sequence[Block],
+    kept: Tensor,
+    leading: tuple[int, ...] = (),
+) -> Tensor:
+    """``neg_lse`` of all rows, from a backend's statistics of the plan's blocks. The tiles that fit
+    into ``kept`` are there, zeros in the rest."""
+    workspace = Workspace(problem.z_rows.device, plan, kept, leading)
+    stats = empty_stats(problem)
+    for block in plan:
+        block_stats(problem, block, stats, stats, workspace)
+    kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
+    return stats.sum.log_().add_(stats.max)
+
+
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out = a @ b`` in ``out``'s dtype, which is float32 for half operands (CUDA only)."""
     if a.dtype in HALF_DTYPES:

@@ -48,7 +48,7 @@ from gcl_kernels.operators import (
     unwatched,
     weight_unit,
 )
-from gcl_kernels.problem import FusedProblem, Workspace, empty_kept, empty_stats
+from gcl_kernels.problem import FusedProblem, Workspace, empty_kept, neg_lse_by_blocks
 from gcl_kernels.spec import NORM_EPS, NegativesSpec
 
 Bases = tuple[int | None, ...]
@@ -127,25 +127,12 @@ def _forward(
     )
     plan = _plan(backend, z, len(bases))
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
-    neg_lse = _statistics(BACKENDS[backend], problem, plan, kept)
+    neg_lse = BACKENDS[backend].fused_statistics(problem, plan, kept)
+    if neg_lse is None:
+        block_stats = BACKENDS[backend].module.fused_block_stats
+        neg_lse = neg_lse_by_blocks(block_stats, problem, plan, kept, (2, 2))
     own_logits = mark_absent_(_similarities(coefficients, dots)[1] * scale, unflatten(own_pairs, 2))
     return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept
-
-
-def _statistics(
-    row: Backend, problem: FusedProblem, plan: tuple[Block, ...], kept: Tensor
-) -> Tensor:
-    """``neg_lse`` [V, N]; tiles that fit into ``kept`` are there."""
-    if row.fused_statistics is not None:
-        neg_lse = row.fused_statistics(problem, plan, kept)
-        if neg_lse is not None:
-            return neg_lse
-    workspace = Workspace(problem.z_rows.device, plan, kept, (2, 2))
-    stats = empty_stats(problem)
-    for block in plan:
-        row.module.fused_block_stats(problem, block, stats, stats, workspace)
-    kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
-    return stats.sum.log_().add_(stats.max)
 
 
 def _matrix_gradient(
@@ -158,10 +145,9 @@ def _matrix_gradient(
     needs_base: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """``R`` [2, N, D] and ``U`` [V, 2, N] in the accumulation dtype."""
-    if row.fused_matrix_gradient is not None:
-        result = row.fused_matrix_gradient(problem, plan, kept, neg_lse, grad, needs_base)
-        if result is not None:
-            return result
+    whole = row.fused_matrix_gradient(problem, plan, kept, neg_lse, grad, needs_base)
+    if whole is not None:
+        return whole
     lse = subtractable(neg_lse)
     z, coefficients = problem.z_rows, problem.coefficients_rows
     unit = weight_unit(grad, problem.compute_dtype)

@@ -19,7 +19,7 @@ import gcl_kernels
 from gcl_kernels import problem
 from gcl_kernels.backends import cpu
 from gcl_kernels.blocks import plan_blocks
-from gcl_kernels.dispatch import BACKENDS
+from gcl_kernels.dispatch import BACKENDS, by_blocks
 from gcl_kernels.problem import Workspace
 
 pytestmark = pytest.mark.skipif(
@@ -134,6 +134,28 @@ def test_every_instruction_set(instruction_set, ragged, dtype, scale):
 
 
 UNUSED_VIEW = [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
+PASSES = ("statistics", "matrix_gradient", "fused_statistics", "fused_matrix_gradient")
+
+
+def with_and_without(passes, monkeypatch, halved, step, shown, needs) -> None:
+    """Assert that a step's result and gradients are the same with these passes in one call, and
+    with the loop over blocks. ``step`` takes the views and the scale, and returns its result and
+    what to differentiate."""
+
+    def run(**changed):
+        row = dataclasses.replace(BACKENDS["cpu"], halves_diagonal=halved, **changed)
+        monkeypatch.setitem(BACKENDS, "cpu", row)
+        leaves = [
+            value.clone().requires_grad_(bool(need))
+            for value, need in zip((*shown, torch.tensor(30.0)), needs, strict=True)
+        ]
+        result, total = step(*leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return [result.detach(), *torch.autograd.grad(total, wanted)]
+
+    whole, loop = run(), run(**dict.fromkeys(passes, by_blocks))
+    for one, other in zip(whole, loop, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())
 
 
 @pytest.mark.parametrize("halved", [False, True])
@@ -150,22 +172,12 @@ def test_a_pass_in_one_call_is_the_loop_over_blocks(
     ids = torch.arange(45) // 3 * (torch.arange(45) > 20)
     upstream = torch.rand(3, 45)
 
-    def run(**passes):
-        row = dataclasses.replace(BACKENDS["cpu"], halves_diagonal=halved, **passes)
-        monkeypatch.setitem(BACKENDS, "cpu", row)
-        leaves = [
-            value.clone().requires_grad_(bool(need))
-            for value, need in zip((*shown, torch.tensor(30.0)), needs, strict=True)
-        ]
+    def step(a, b, c, scale):
         arguments = {"candidates": candidates, "sample_ids": ids, "backend": "cpu"}
-        result = gcl_kernels.neg_lse(leaves[:3], leaves[3], **arguments)
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        total = (result.clamp_min(-1e4) * upstream).sum()
-        return [result.detach(), *torch.autograd.grad(total, wanted)]
+        result = gcl_kernels.neg_lse((a, b, c), scale, **arguments)
+        return result, (result.clamp_min(-1e4) * upstream).sum()
 
-    whole, loop = run(), run(statistics=None, matrix_gradient=None)
-    for one, other in zip(whole, loop, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())
+    with_and_without(PASSES[:2], monkeypatch, halved, step, shown, needs)
 
 
 @pytest.mark.parametrize("halved", [False, True])
@@ -180,19 +192,11 @@ def test_a_fused_pass_in_one_call_is_the_loop_over_blocks(
     weights = None if candidates is not UNUSED_VIEW else [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
     options = {"candidates": candidates, "pair_weights": weights, "backend": "cpu"}
 
-    def run(**passes):
-        row = dataclasses.replace(BACKENDS["cpu"], halves_diagonal=halved, **passes)
-        monkeypatch.setitem(BACKENDS, "cpu", row)
-        leaves = [
-            value.clone().requires_grad_(bool(need))
-            for value, need in zip((*shown, torch.tensor(30.0)), needs, strict=True)
-        ]
-        loss = gcl_kernels.gcl_loss(*leaves[:2], logit_scale=leaves[2], **options)
-        return [loss.detach(), *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
+    def step(e_i, e_t, scale):
+        loss = gcl_kernels.gcl_loss(e_i, e_t, logit_scale=scale, **options)
+        return loss, loss
 
-    whole, loop = run(), run(fused_statistics=None, fused_matrix_gradient=None)
-    for one, other in zip(whole, loop, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().max().item())
+    with_and_without(PASSES[2:], monkeypatch, halved, step, shown, needs)
 
 
 @pytest.mark.parametrize("seed", range(3))

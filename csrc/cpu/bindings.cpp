@@ -110,6 +110,13 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("product_pays", product_pays);
   m.attr("max_views") = max_views;
+  py::class_<BlockPlace>(m, "BlockPlace")
+      .def(py::init([](int64_t row_start, int64_t rows, int64_t col_start, int64_t cols,
+                       bool serves_rows, bool serves_cols, bool diagonal,
+                       std::vector<int64_t> offsets) {
+        return BlockPlace{row_start,   rows,     col_start,         cols, serves_rows,
+                          serves_cols, diagonal, std::move(offsets)};
+      }));
   const auto both = [&m](const char* name, auto single, auto twice) {
     m.def((std::string(name) + "_float32").c_str(), single);
     m.def((std::string(name) + "_float64").c_str(), twice);

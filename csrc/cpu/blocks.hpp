@@ -1,8 +1,8 @@
 // The product and the block functions: blocks cut into strips, strips shared among threads.
 //
 // Addresses and sizes in, no tensors. The caller (gcl_kernels/backends/cpu.py) answers for shapes,
-// dtypes and contiguity. Whatever the number of threads, results are the same bits: strips depend on
-// shapes alone, and what several strips add to one column is folded in their order.
+// dtypes and contiguity. Whatever the number of threads, results are the same bits: strips depend
+// on shapes alone, and what several strips add to one column is folded in their order.
 
 #pragma once
 
@@ -90,24 +90,17 @@ static void product(int threads, int64_t rows, int64_t depth, int64_t cols, Addr
   });
 }
 
-// A block's place, whom it serves, and its mask.
+// A block's place, whom it serves, and its mask under the default ids. Made once for a plan.
 struct BlockPlace {
   int64_t row_start, rows, col_start, cols;
   bool serves_rows, serves_cols, diagonal;
   std::vector<int64_t> offsets;
-  Address row_ids, col_ids;  // 0: the default ids
-
-  BlockPlace(const py::tuple& t, Address row_ids, Address col_ids)
-      : row_start(t[0].cast<int64_t>()), rows(t[1].cast<int64_t>()),
-        col_start(t[2].cast<int64_t>()), cols(t[3].cast<int64_t>()),
-        serves_rows(t[4].cast<bool>()), serves_cols(t[5].cast<bool>()),
-        diagonal(t[6].cast<bool>()), offsets(t[7].cast<std::vector<int64_t>>()),
-        row_ids(row_ids), col_ids(col_ids) {}
 
   // The columns of a block on the diagonal are its rows: sums of both would count them twice.
   bool sums_cols() const { return serves_cols && !diagonal; }
 
-  Mask mask(int64_t first_row) const {
+  // Ids: 0 for the default ones.
+  Mask mask(int64_t first_row, Address row_ids, Address col_ids) const {
     if (row_ids)
       return {at<const int64_t>(row_ids, row_start + first_row),
               at<const int64_t>(col_ids, col_start), nullptr, 0, first_row};
@@ -116,10 +109,9 @@ struct BlockPlace {
 };
 
 template <class T>
-static void block_stats(int threads, Address dots, int64_t stride, const py::tuple& where,
+static void block_stats(int threads, Address dots, int64_t stride, const BlockPlace& b,
                         Address row_ids, Address col_ids, double scale, bool bounded, Address max,
                         Address sum, Address col_max, Address col_sum) {
-  const BlockPlace b(where, row_ids, col_ids);
   const int64_t strips = parts_of(b.rows, strip_rows), pitch = padded(b.cols);
   std::vector<T> strip_max(bounded ? 0 : strips * pitch, std::numeric_limits<T>::lowest());
   std::vector<T> strip_sum(strips * pitch, T(0));
@@ -131,7 +123,7 @@ static void block_stats(int threads, Address dots, int64_t stride, const py::tup
       s.dots = at<T>(dots, start * stride);
       s.stride = stride, s.rows = rows, s.cols = b.cols;
       s.scale = T(scale);
-      s.mask = b.mask(start);
+      s.mask = b.mask(start, row_ids, col_ids);
       s.serves_rows = b.serves_rows, s.serves_cols = b.sums_cols();
       s.row_sum = at<T>(sum, b.row_start + start);
       s.col_sum = strip_sum.data() + strip * pitch;
@@ -170,11 +162,10 @@ static void factors(T* factor, T* lse, const T* from_grad, const T* from_lse, in
 }
 
 template <class T>
-static void block_weights(int threads, Address dots, int64_t stride, const py::tuple& where,
+static void block_weights(int threads, Address dots, int64_t stride, const BlockPlace& b,
                           Address row_ids, Address col_ids, double scale, bool bounded,
                           Address row_lse, Address row_grad, Address col_lse, Address col_grad,
                           Address out, int64_t out_stride) {
-  const BlockPlace b(where, row_ids, col_ids);
   const int64_t pitch = padded(b.cols);
   std::vector<T> numbers(2 * b.rows + 2 * pitch, T(0));
   T *row_factor = numbers.data(), *row_l = row_factor + b.rows, *col_factor = row_l + b.rows,
@@ -188,8 +179,8 @@ static void block_weights(int threads, Address dots, int64_t stride, const py::t
   for_each_strip(strips, threads, b.rows * b.cols >= parallel_elements, [&](int64_t strip) {
     const int64_t start = strip * strip_rows, rows = std::min(strip_rows, b.rows - start);
     kernels<T>().weights({at<T>(dots, start * stride), stride, rows, b.cols, T(scale), bounded,
-                          b.mask(start), row_l + start, row_factor + start, col_l, col_factor,
-                          at<T>(out, start * out_stride), out_stride});
+                          b.mask(start, row_ids, col_ids), row_l + start, row_factor + start,
+                          col_l, col_factor, at<T>(out, start * out_stride), out_stride});
   });
 }
 
@@ -236,13 +227,12 @@ static void advance(FusedStrip<T>& s, int64_t start, int64_t rows) {
 }
 
 template <class T>
-static void fused_block_stats(int threads, Address y, int64_t stride, const py::tuple& where,
+static void fused_block_stats(int threads, Address y, int64_t stride, const BlockPlace& b,
                               Address row_ids, Address col_ids,
                               const std::vector<int>& bases, const std::vector<bool>& candidates,
                               double scale, bool bounded, Address row_coefficients,
                               int64_t row_samples, Address col_coefficients, int64_t col_samples,
                               Address max, Address sum, Address col_max, Address col_sum) {
-  const BlockPlace b(where, row_ids, col_ids);
   const int64_t views = bases.size(), pitch = padded(b.cols);
   const auto columns =
       gather<T>(col_coefficients, views * 2, col_samples, b.col_start, b.cols, pitch);
@@ -256,7 +246,7 @@ static void fused_block_stats(int threads, Address y, int64_t stride, const py::
     const int64_t start = strip * fused_strip_rows;
     FusedStrip<T> s = block;
     advance(s, start, std::min(fused_strip_rows, b.rows - start));
-    s.mask = b.mask(start);
+    s.mask = b.mask(start, row_ids, col_ids);
     s.row_max = at<T>(max, b.row_start + start), s.row_sum = at<T>(sum, b.row_start + start);
     s.col_sum = strip_sum.data() + strip * size;
     if (bounded) {
@@ -284,7 +274,7 @@ static void fused_block_stats(int threads, Address y, int64_t stride, const py::
 }
 
 template <class T>
-static void fused_block_weights(int threads, Address y, int64_t stride, const py::tuple& where,
+static void fused_block_weights(int threads, Address y, int64_t stride, const BlockPlace& b,
                                 Address row_ids, Address col_ids,
                                 const std::vector<int>& bases, const std::vector<bool>& candidates,
                                 double scale, bool bounded, Address row_coefficients,
@@ -292,7 +282,6 @@ static void fused_block_weights(int threads, Address y, int64_t stride, const py
                                 Address row_lse, Address row_grad, Address col_lse,
                                 Address col_grad, Address row_inner, Address col_inner,
                                 Address out, int64_t out_stride) {
-  const BlockPlace b(where, row_ids, col_ids);
   const int64_t views = bases.size(), pitch = padded(b.cols);
   const auto columns =
       gather<T>(col_coefficients, views * 2, col_samples, b.col_start, b.cols, pitch);
@@ -317,7 +306,7 @@ static void fused_block_weights(int threads, Address y, int64_t stride, const py
     const int64_t start = strip * fused_strip_rows;
     FusedStrip<T> s = block;
     advance(s, start, std::min(fused_strip_rows, b.rows - start));
-    s.mask = b.mask(start);
+    s.mask = b.mask(start, row_ids, col_ids);
     s.row_lse = row_l.data() + start, s.row_factor = row_f.data() + start;
     s.row_factor_pitch = b.rows;
     s.col_lse = col_l.data(), s.col_factor = col_f.data();

@@ -32,12 +32,9 @@ struct Tile {
 template <class T>
 class Tiles {
  public:
-  Tiles(const std::vector<py::tuple>& plan, int64_t tiles_of_block, Address kept, int64_t elements)
+  Tiles(const std::vector<BlockPlace>& plan, int64_t tiles_of_block, Address kept, int64_t elements)
       : count_(tiles_of_block), kept_(at<T>(kept)), left_(elements) {
-    for (const py::tuple& where : plan) {
-      const BlockPlace b(where, 0, 0);
-      most_ = std::max(most_, count_ * b.rows * padded(b.cols));
-    }
+    for (const BlockPlace& b : plan) most_ = std::max(most_, count_ * b.rows * padded(b.cols));
   }
 
   Tile<T> next(const BlockPlace& b) {
@@ -127,18 +124,17 @@ static void multiply(int threads, const BlockPlace& b, const T* z, int64_t dim,
 
 // neg_lse of all rows of z.
 template <class T>
-static void statistics(int threads, const std::vector<py::tuple>& plan, Address z, int64_t rows,
+static void statistics(int threads, const std::vector<BlockPlace>& plan, Address z, int64_t rows,
                        int64_t dim, double scale, bool bounded, Address kept,
                        int64_t kept_elements, Address ids, Address neg_lse) {
   Tiles<T> tiles(plan, 1, kept, kept_elements);
   Statistics<T> stats(rows, bounded, scale);
   const Address m = address(stats.max.data()), l = address(stats.sum.data());
-  for (const py::tuple& where : plan) {
+  for (const BlockPlace& b : plan) {
     check_signals();
-    const BlockPlace b(where, ids, ids);
     const Tile<T> dots = tiles.next(b);
     multiply(threads, b, at<T>(z), dim, dots);
-    block_stats<T>(threads, address(dots.data), dots.pitch, where, ids, ids, scale, bounded, m, l,
+    block_stats<T>(threads, address(dots.data), dots.pitch, b, ids, ids, scale, bounded, m, l,
                    m, l);
   }
   tiles.clear_rest();
@@ -147,7 +143,7 @@ static void statistics(int threads, const std::vector<py::tuple>& plan, Address 
 
 // H z, for the views that need it: the others' rows are zero.
 template <class T>
-static void matrix_gradient(int threads, const std::vector<py::tuple>& plan, Address z,
+static void matrix_gradient(int threads, const std::vector<BlockPlace>& plan, Address z,
                             int64_t rows, int64_t dim, double scale, bool bounded, Address kept,
                             int64_t kept_elements, Address ids, Address neg_lse, Address grad,
                             const std::vector<bool>& needs_view, Address hz) {
@@ -156,16 +152,15 @@ static void matrix_gradient(int threads, const std::vector<py::tuple>& plan, Add
   const int64_t samples = rows / int64_t(needs_view.size());
   const std::vector<T> lse = subtractable<T>(neg_lse, rows);
   const Address l = address(lse.data());
-  for (const py::tuple& where : plan) {
+  for (const BlockPlace& b : plan) {
     check_signals();
-    const BlockPlace b(where, ids, ids);
     const Tile<T> dots = tiles.next(b);
     const bool needs_rows = needs_view[b.row_start / samples];
     const bool needs_cols = needs_view[b.col_start / samples] && !b.diagonal;
     if (!needs_rows && !needs_cols) continue;
     if (!dots.kept) multiply(threads, b, at<T>(z), dim, dots);
     const Tile<T> h = tiles.scratch(b);
-    block_weights<T>(threads, address(dots.data), dots.pitch, where, ids, ids, scale, bounded, l,
+    block_weights<T>(threads, address(dots.data), dots.pitch, b, ids, ids, scale, bounded, l,
                      grad, l, grad, address(h.data), h.pitch);
     if (needs_rows)
       sums.add(threads, b.row_start, b.rows, h.data, h.pitch, false, at<T>(z, b.col_start * dim),
@@ -200,7 +195,7 @@ static void fused_multiply(int threads, const BlockPlace& b, const T* z, int64_t
 
 // neg_lse [V, samples] of the views that are combinations of the bases z.
 template <class T>
-static void fused_statistics(int threads, const std::vector<py::tuple>& plan, Address z,
+static void fused_statistics(int threads, const std::vector<BlockPlace>& plan, Address z,
                              int64_t samples, int64_t dim, const std::vector<int>& bases,
                              const std::vector<bool>& candidates, double scale, bool bounded,
                              Address coefficients, Address kept, int64_t kept_elements,
@@ -208,12 +203,11 @@ static void fused_statistics(int threads, const std::vector<py::tuple>& plan, Ad
   Tiles<T> tiles(plan, 4, kept, kept_elements);
   Statistics<T> stats(int64_t(bases.size()) * samples, bounded, scale);
   const Address m = address(stats.max.data()), l = address(stats.sum.data());
-  for (const py::tuple& where : plan) {
+  for (const BlockPlace& b : plan) {
     check_signals();
-    const BlockPlace b(where, ids, ids);
     const Tile<T> y = tiles.next(b);
     fused_multiply(threads, b, at<T>(z), samples, dim, y);
-    fused_block_stats<T>(threads, address(y.data), y.pitch, where, ids, ids, bases, candidates,
+    fused_block_stats<T>(threads, address(y.data), y.pitch, b, ids, ids, bases, candidates,
                          scale, bounded, coefficients, samples, coefficients, samples, m, l, m, l);
   }
   tiles.clear_rest();
@@ -223,7 +217,7 @@ static void fused_statistics(int threads, const std::vector<py::tuple>& plan, Ad
 // R [2, samples, dim], for the bases that need it (the others' rows are zero), and U, which is
 // added to `inner`.
 template <class T>
-static void fused_matrix_gradient(int threads, const std::vector<py::tuple>& plan, Address z,
+static void fused_matrix_gradient(int threads, const std::vector<BlockPlace>& plan, Address z,
                                   int64_t samples, int64_t dim, const std::vector<int>& bases,
                                   const std::vector<bool>& candidates, double scale, bool bounded,
                                   Address coefficients, Address kept, int64_t kept_elements,
@@ -233,13 +227,12 @@ static void fused_matrix_gradient(int threads, const std::vector<py::tuple>& pla
   Sums<T> sums(at<T>(r), 2 * samples, dim);
   const std::vector<T> lse = subtractable<T>(neg_lse, int64_t(bases.size()) * samples);
   const Address l = address(lse.data());
-  for (const py::tuple& where : plan) {
+  for (const BlockPlace& b : plan) {
     check_signals();
-    const BlockPlace b(where, ids, ids);
     const Tile<T> y = tiles.next(b);
     if (!y.kept) fused_multiply(threads, b, at<T>(z), samples, dim, y);
     const Tile<T> f = tiles.scratch(b);
-    fused_block_weights<T>(threads, address(y.data), y.pitch, where, ids, ids, bases, candidates,
+    fused_block_weights<T>(threads, address(y.data), y.pitch, b, ids, ids, bases, candidates,
                            scale, bounded, coefficients, samples, coefficients, samples, l, grad,
                            l, grad, inner, inner, address(f.data), f.pitch);
     for (int base = 0; base < 2; ++base) {

@@ -81,9 +81,9 @@ def _scale(problem: Problem | FusedProblem) -> float:
     return float(problem.scale) if problem.max_scale is None else problem.max_scale
 
 
-def _place(block: Block) -> tuple[int | bool | tuple[int, ...], ...]:
+def _place(block: Block) -> Any:
     """Where a block lies and whom it serves, as the extension reads it."""
-    return (
+    return _cpu.BlockPlace(
         block.row_start,
         block.row_stop - block.row_start,
         block.col_start,
@@ -102,11 +102,10 @@ def _places(plan: tuple[Block, ...]) -> list[Any]:
 
 def _ids(problem: Problem | FusedProblem) -> tuple[Tensor | None, Tensor | None]:
     """Explicit ids as int64; they must outlive the call that takes their addresses."""
-    rows, cols = problem.ids_rows, problem.ids_cols
-    return (
-        None if rows is None else rows.to(torch.int64),
-        None if cols is None else cols.to(torch.int64),
-    )
+    rows = None if problem.ids_rows is None else problem.ids_rows.to(torch.int64)
+    if problem.ids_cols is problem.ids_rows:
+        return rows, rows
+    return rows, None if problem.ids_cols is None else problem.ids_cols.to(torch.int64)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -427,6 +426,12 @@ def fused_block_rows(z: Tensor, num_views: int) -> int:
     return FUSED_BLOCK_ROWS
 
 
+def _views(problem: FusedProblem) -> tuple[list[int], list[bool]]:
+    """Which view is which base, -1 for a combination, and whose candidates are whose, flat."""
+    bases = [-1 if base is None else base for base in problem.bases]
+    return bases, [entry for row in problem.candidates for entry in row]
+
+
 def _fused_arguments(
     problem: FusedProblem, block: Block, y: Tensor, ids: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Any, ...]:
@@ -436,8 +441,7 @@ def _fused_arguments(
         y.stride(2),
         _place(block),
         *map(_address, ids),
-        [-1 if base is None else base for base in problem.bases],
-        [entry for row in problem.candidates for entry in row],
+        *_views(problem),
         _scale(problem),
         bounded(problem),
         problem.coefficients_rows.data_ptr(),
@@ -453,8 +457,7 @@ def _fused_pass(problem: FusedProblem, plan: tuple[Block, ...], kept: Tensor) ->
         _places(plan),
         problem.z_rows.data_ptr(),
         *problem.z_rows.shape[1:],
-        [-1 if base is None else base for base in problem.bases],
-        [entry for row in problem.candidates for entry in row],
+        *_views(problem),
         _scale(problem),
         bounded(problem),
         problem.coefficients_rows.data_ptr(),
