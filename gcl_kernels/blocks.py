@@ -5,6 +5,9 @@ symmetric, so only blocks on and above the diagonal are visited; each serves the
 rows and of its columns. With the default ids (the sample's number), two embeddings are of one
 sample where ``p - q`` is a multiple of ``N``: whole diagonals of a block, found here once.
 
+Of the rectangle between a process's own embeddings and others' all blocks are visited; no two
+embeddings in it are of one sample, unless given ids say so.
+
 Pure integer arithmetic: no tensors, no device.
 """
 
@@ -25,7 +28,7 @@ class Block:
     """One visited block.
 
     Attributes:
-        row_start, row_stop, col_start, col_stop: its place in the M x M matrix.
+        row_start, row_stop, col_start, col_stop: its place in the matrix.
         serves_rows: its columns are candidates of its rows' anchors.
         serves_cols: its rows are candidates of its columns' anchors.
         diagonal: rows and columns are the same range: the share of the columns is that of the rows,
@@ -174,3 +177,53 @@ def plan_blocks(
                     else:
                         visit(rows, cols, a, m)
     return tuple(blocks)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Those from ``start`` to ``stop`` of ``total`` samples."""
+
+    start: int
+    stop: int
+    total: int
+
+
+@lru_cache(maxsize=256)
+def plan_rectangle(
+    rows: Samples,
+    cols: Samples,
+    candidates: BoolTable,
+    block_rows: int,
+    per_view: bool = False,
+) -> tuple[Block, ...]:
+    """The blocks between some samples and others of which none is among them, in order.
+
+    Args:
+        candidates, block_rows, per_view: as for :func:`plan_blocks`.
+    """
+    cuts = []
+    if rows.start == rows.stop or cols.start == cols.stop:
+        return ()
+    for side in (rows, cols):
+        all_of_them = side.stop - side.start == side.total
+        if _spans_views(candidates, per_view) and all_of_them:
+            segments = [(0, 0, len(candidates) * side.total)]
+        else:
+            starts = [v * side.total for v in range(len(candidates))]
+            segments = [(v, at + side.start, at + side.stop) for v, at in enumerate(starts)]
+        cuts.append([(v, _cut(start, stop, block_rows)) for v, start, stop in segments])
+    return tuple(
+        Block(
+            *of_rows,
+            *of_cols,
+            serves_rows=candidates[a][m],
+            serves_cols=candidates[m][a],
+            diagonal=False,
+            same_sample_offsets=(),
+        )
+        for a, row_cuts in cuts[0]
+        for of_rows in row_cuts
+        for m, col_cuts in cuts[1]
+        if candidates[a][m] or candidates[m][a]
+        for of_cols in col_cuts
+    )

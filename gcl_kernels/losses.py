@@ -78,6 +78,8 @@ def _loss(
     sample_ids: Tensor | None,
     compute_dtype: torch.dtype | None,
     backend: str,
+    group: Any,
+    exchange: str,
 ) -> Tensor:
     scale, negatives_spec = prepare(
         views,
@@ -88,17 +90,27 @@ def _loss(
         sample_ids,
         compute_dtype,
         backend,
+        group,
+        exchange,
     )
     return _reduce(*negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec), spec)
 
 
-def _reduce(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
-    """The loss from ``neg_lse`` [V, N] and ``own_logits`` [V, V, N]."""
-    divisor = neg_lse.shape[1] if spec.reduction == "mean" else 1
+def _reduce(neg_lse: Tensor, own_logits: Tensor, sizes: Tensor | None, spec: LossSpec) -> Tensor:
+    """The loss from ``neg_lse`` [V, N], ``own_logits`` [V, V, N] and, of many processes, their
+    numbers of samples."""
+    means = spec.reduction == "mean"
+    divisor = neg_lse.shape[1] if means and sizes is None else 1
     weights = [[-weight / divisor for weight in row] for row in spec.pair_weights]
     table = _table(weights, neg_lse.dtype, neg_lse.device).unsqueeze(-1)
     losses = table * _log_ratio(neg_lse, own_logits, spec)
-    return losses.sum((0, 1)) if spec.reduction == "none" else losses.sum()
+    if spec.reduction == "none":
+        return losses.sum((0, 1))
+    if means and sizes is not None:
+        # The processes' average is then the mean of all samples, whatever each one's number. A
+        # 0-d tensor on the CPU meets one on any device.
+        return losses.sum() / sizes.to(neg_lse.dtype).mean()
+    return losses.sum()
 
 
 def multiview_contrastive_loss(
@@ -115,6 +127,8 @@ def multiview_contrastive_loss(
     reduction: str = "mean",
     compute_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    group: Any = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """The contrastive loss over any ``V >= 2`` views of ``N`` samples.
 
@@ -142,7 +156,16 @@ def multiview_contrastive_loss(
         reduction=reduction,
     )
     return _loss(
-        views, spec, logit_scale, temperature, normalize, sample_ids, compute_dtype, backend
+        views,
+        spec,
+        logit_scale,
+        temperature,
+        normalize,
+        sample_ids,
+        compute_dtype,
+        backend,
+        group,
+        exchange,
     )
 
 
@@ -199,6 +222,8 @@ def _gcl(
     fusion_weights: Sequence[float | Tensor],
     compute_dtype: torch.dtype | None,
     backend: str,
+    group: Any,
+    exchange: str,
 ) -> Tensor:
     if e_it is not None:
         check_views((e_i, e_t, e_it), ("e_i", "e_t", "e_it"))
@@ -211,6 +236,8 @@ def _gcl(
             sample_ids,
             compute_dtype,
             backend,
+            group,
+            exchange,
         )
     check_views((e_i, e_t), ("e_i", "e_t"))
     _check_fusion_weights(fusion_weights, e_i.device)
@@ -223,6 +250,8 @@ def _gcl(
         sample_ids,
         compute_dtype,
         backend,
+        group,
+        exchange,
     )
     if negatives_spec.backend == "reference":
         views = (e_i, e_t, _fuse(e_i, e_t, fusion_weights))
@@ -253,6 +282,8 @@ def gcl_loss(
     reduction: str = "mean",
     compute_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    group: Any = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """The Generalized Contrastive Learning loss (Lee et al., NeurIPS 2025, arXiv 2509.25638).
 
@@ -287,14 +318,22 @@ def gcl_loss(
             inputs' common dtype. Half types are used on CUDA devices; elsewhere they compute in
             float32.
         backend: ``"auto"`` or a name of :func:`gcl_kernels.backends`.
+        group: the processes that share the batch, ``torch.distributed.group.WORLD`` or a subgroup;
+            each gives its own samples, N may differ. All of them must call, and go backward,
+            together. Default: this process's samples are the batch.
+        exchange: of a ``group``: ``"gather"`` holds the embeddings of all processes during a pass,
+            ``"ring"`` those of two.
 
     Returns:
         0-d (or [N] with ``reduction="none"``), float32; float64 where the products are float64.
-        NaN where an input holds NaN or inf.
+        NaN where an input holds NaN or inf. Of a ``group``: this process's share, the mean over its
+        own samples (weighted where N differs), such that the average over processes is the loss of
+        the whole batch; gradients of embeddings are those of the sum over processes, so that
+        DistributedDataParallel's average is the gradient of that loss.
 
     Raises:
         ValueError, TypeError: malformed arguments; the message names argument, expected and got.
-        RuntimeError: a backend asked for by name is not available here.
+        RuntimeError: a backend asked for by name is not available here, or serves no ``group``.
         NotImplementedError: on differentiating the gradient (``backend="reference"`` can).
     """
     spec = make_loss_spec(
@@ -317,6 +356,8 @@ def gcl_loss(
         fusion_weights,
         compute_dtype,
         backend,
+        group,
+        exchange,
     )
 
 
@@ -332,6 +373,8 @@ def clip_loss(
     reduction: str = "mean",
     compute_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    group: Any = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """CLIP's symmetric cross-entropy (Radford et al. 2021): candidates are the other view.
 
@@ -343,7 +386,16 @@ def clip_loss(
         2, pair_weights=pair_weights, candidates=((False, True), (True, False)), reduction=reduction
     )
     return _loss(
-        (e_i, e_t), spec, logit_scale, temperature, normalize, sample_ids, compute_dtype, backend
+        (e_i, e_t),
+        spec,
+        logit_scale,
+        temperature,
+        normalize,
+        sample_ids,
+        compute_dtype,
+        backend,
+        group,
+        exchange,
     )
 
 
@@ -360,6 +412,8 @@ def nt_xent_loss(
     reduction: str = "mean",
     compute_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    group: Any = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """SimCLR's NT-Xent (Chen et al. 2020): both views' embeddings, all but the anchor, compete.
 
@@ -371,7 +425,16 @@ def nt_xent_loss(
         2, pair_weights=pair_weights, self_similarity=self_similarity, reduction=reduction
     )
     return _loss(
-        (e_1, e_2), spec, logit_scale, temperature, normalize, sample_ids, compute_dtype, backend
+        (e_1, e_2),
+        spec,
+        logit_scale,
+        temperature,
+        normalize,
+        sample_ids,
+        compute_dtype,
+        backend,
+        group,
+        exchange,
     )
 
 
@@ -405,6 +468,8 @@ class GCLLoss(nn.Module):
         reduction: str = "mean",
         compute_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        group: Any = None,
+        exchange: str = "gather",
     ) -> None:
         super().__init__()
         self.spec = make_loss_spec(
@@ -425,6 +490,8 @@ class GCLLoss(nn.Module):
         self.fusion_weights = fusion_weights
         self.compute_dtype = compute_dtype
         self.backend = backend
+        self.group = group
+        self.exchange = exchange
         self.log_logit_scale: nn.Parameter | None = None
         if learnable_scale:
             self.log_logit_scale = nn.Parameter(torch.tensor(-math.log(self.temperature)))
@@ -462,4 +529,6 @@ class GCLLoss(nn.Module):
             self.fusion_weights,
             self.compute_dtype,
             self.backend,
+            self.group,
+            self.exchange,
         )

@@ -12,19 +12,32 @@ Both passes visit each unordered pair of blocks once: 4 M^2 D floating-point ope
 autograd takes 6. The block functions belong to the backends; the loop, the operators that
 ``torch.compile`` sees, and the ``torch.autograd.Function`` are here. Own-sample similarities travel
 along because they come from the same unrounded unit vectors.
+
+Of many processes (``distributed``) each treats its own embeddings so, and then, as rows, meets some
+of the others' as columns; the operations of all together are no more than one process's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gcl_kernels.backends import reference
-from gcl_kernels.blocks import Block, most_elements, plan_blocks
+from gcl_kernels.blocks import Block, most_elements, plan_blocks, plan_rectangle
 from gcl_kernels.dispatch import BACKENDS, Backend, resolve_backend
+from gcl_kernels.distributed import (
+    Exchange,
+    Meeting,
+    PerSample,
+    Terms,
+    agree,
+    group_size,
+    resolve_group,
+)
 from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.operators import (
     LIBRARY,
@@ -93,6 +106,8 @@ def _forward(
     max_scale: float | None,
     compute_dtype: torch.dtype,
     backend: str,
+    group: str,
+    exchange: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     pairs = unflatten(own_pairs, 2)
@@ -104,12 +119,129 @@ def _forward(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
     kept = _empty_kept(backend, geometry, scale, needs_grad)
+    sizes, others = torch.empty(0, dtype=torch.int64), None
+    if group:
+        terms = Terms(
+            embeddings="views as given",
+            views=num_views,
+            dimension=z.shape[2],
+            compute_dtype=compute_dtype,
+            candidates=geometry[1],
+            normalize=normalize,
+            sample_ids=sample_ids is not None,
+            gradients=tuple(needs_grad),
+            exchange=exchange,
+        )
+        sizes = agree(group, terms, num_samples, scale)
+        others = Exchange(group, exchange, sizes, _shard(z, sample_ids))
+    block_stats = BACKENDS[backend].module.block_stats
     neg_lse = BACKENDS[backend].statistics(problem, plan, kept)
     if neg_lse is None:
-        block_stats = BACKENDS[backend].module.block_stats
-        neg_lse = neg_lse_by_blocks(block_stats, problem, plan, kept)
+        neg_lse, _ = neg_lse_by_blocks(block_stats, problem, plan, kept)
     neg_lse = neg_lse.view(num_views, num_samples)
-    return neg_lse, own_logits, z, norm, inverse, own, kept
+    if others is not None:
+        neg_lse = _with_others(others, block_stats, problem, geometry, neg_lse)
+    return neg_lse, own_logits, z, norm, inverse, own, kept, sizes
+
+
+def _shard(z: Tensor, sample_ids: Tensor | None) -> list[PerSample]:
+    """What other processes need of these embeddings."""
+    ids = [] if sample_ids is None else [PerSample(sample_ids.to(torch.int64).contiguous(), 0)]
+    return [PerSample(z, 1), *ids]
+
+
+def _rectangle(problem: Problem, z: Tensor, ids: Sequence[Tensor]) -> Problem:
+    """The problem's rows against other processes' embeddings [V, K, D], and their ids if given."""
+    cols = ids[0].repeat(z.shape[0]) if ids else None
+    return replace(problem, z_cols=z.flatten(0, 1), ids_cols=cols)
+
+
+def _with_others(
+    others: Exchange,
+    block_stats: Callable[..., None],
+    problem: Problem,
+    geometry: tuple[int, BoolTable, int, bool],
+    neg_lse: Tensor,
+) -> Tensor:
+    """``neg_lse`` [V, N] of this process's samples with all others' among the candidates."""
+
+    def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
+        nonlocal neg_lse
+        z, *ids = given
+        plan = plan_rectangle(meeting.rows, meeting.cols, *geometry[1:])
+        of_rows, of_cols = neg_lse_by_blocks(
+            block_stats, _rectangle(problem, z, ids), plan, neg_lse.new_empty(0)
+        )
+        neg_lse = torch.logaddexp(neg_lse, of_rows.view(neg_lse.shape))
+        return [PerSample(of_cols.view(z.shape[:2]), 1)]
+
+    for (returned,) in others.meet(meet):
+        neg_lse = torch.logaddexp(neg_lse, returned)
+    return neg_lse
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Of rows and of columns, which are the same tensors where the problem is square: ``neg_lse``,
+    :func:`subtractable`, and its gradient; and ``H z``, to which a pass adds."""
+
+    lse: tuple[Tensor, Tensor]
+    grad: tuple[Tensor, Tensor]
+    hz: tuple[Tensor, Tensor]
+
+
+def _add_matrix_gradient(
+    backend: Backend,
+    problem: Problem,
+    plan: tuple[Block, ...],
+    kept: Tensor | None,
+    sides: _Sides,
+    needs_grad: list[bool],
+    once: bool = False,
+) -> Tensor:
+    """Add ``H z`` to both sides, or write it where one block gives all of it (``once``).
+
+    Returns:
+        The share of ``dL/ds`` that half of ``<z, H z>`` leaves out: that of frozen views.
+    """
+    *needs_view, needs_scale = needs_grad
+    needs_all = all(needs_view)
+    num_rows, num_cols = (len(of_side) // len(needs_view) for of_side in sides.lse)
+    hz_rows, hz_cols = sides.hz
+
+    def contribute(hz: Tensor, left: Tensor, right: Tensor) -> None:
+        if once:
+            backend.product(left, right, hz)
+        else:
+            backend.add_product(hz, left, right)
+
+    grad_scale = problem.scale.new_zeros(())
+    workspace = Workspace(hz_rows.device, plan, kept)
+    for block in plan:
+        needs_rows = needs_all or needs_view[block.row_start // num_rows]
+        needs_cols = needs_all or needs_view[block.col_start // num_cols]
+        if not (needs_rows or needs_cols or needs_scale):
+            continue
+        weights = backend.module.block_weights(problem, block, *sides.lse, *sides.grad, workspace)
+        z_a, z_b = problem.z_rows[block.rows], problem.z_cols[block.cols]
+        to_rows, to_cols = hz_rows[block.rows], hz_cols[block.cols]
+        if needs_scale and not (needs_rows and needs_cols):
+            # A frozen side: <z_A, H_AB z_B> is not found again in that side's rows of hz.
+            if needs_cols:
+                to, left, right, along = to_cols, weights.t(), z_a, z_b
+            else:
+                to, left, right, along = to_rows, weights, z_b, z_a
+            part = backend.product(left, right, torch.empty_like(to))
+            one_sided = needs_rows or needs_cols or block.diagonal
+            grad_scale += (part * along).sum().mul_(0.5 if one_sided else 1.0)
+            if needs_rows or needs_cols:
+                to += part
+            continue
+        if needs_rows:
+            contribute(to_rows, weights, z_b)
+        if needs_cols and not block.diagonal:
+            contribute(to_cols, weights.t(), z_a)
+    return grad_scale
 
 
 def _matrix_gradient(
@@ -126,51 +258,66 @@ def _matrix_gradient(
     if whole is not None:
         return whole, None
     lse = subtractable(neg_lse)
-    *needs_view, needs_scale = needs_grad
-    needs_all, num_samples = all(needs_view), problem.z_rows.shape[0] // len(needs_view)
     unit = weight_unit(grad, problem.compute_dtype)
     if unit is not None:
         grad = grad / unit
     # One block of all rows writes every row once: nothing to start from and to add to.
-    once = needs_all and len(plan) == 1 and plan[0].covers(problem.z_rows.shape[0])
+    once = all(needs_grad[:-1]) and len(plan) == 1 and plan[0].covers(len(lse))
     start = torch.empty_like if once else torch.zeros_like
     hz = start(problem.z_rows, dtype=problem.accum_dtype)
-
-    def contribute(rows: slice, left: Tensor, right: Tensor) -> None:
-        if once:
-            backend.product(left, right, hz[rows])
-        else:
-            backend.add_product(hz[rows], left, right)
-
-    grad_scale = problem.scale.new_zeros(())
-    workspace = Workspace(hz.device, plan, kept)
-    for block in plan:
-        needs_rows = needs_all or needs_view[block.row_start // num_samples]
-        needs_cols = needs_all or needs_view[block.col_start // num_samples]
-        if not (needs_rows or needs_cols or needs_scale):
-            continue
-        weights = backend.module.block_weights(problem, block, lse, lse, grad, grad, workspace)
-        z_a, z_b = problem.z_rows[block.rows], problem.z_cols[block.cols]
-        if needs_scale and not (needs_rows and needs_cols):
-            # A frozen side: <z_A, H_AB z_B> is not found again in that side's rows of hz.
-            if needs_cols:
-                rows, left, right = block.cols, weights.t(), z_a
-            else:
-                rows, left, right = block.rows, weights, z_b
-            part = backend.product(left, right, torch.empty_like(hz[rows]))
-            one_sided = needs_rows or needs_cols or block.diagonal
-            grad_scale += (part * problem.z_rows[rows]).sum().mul_(0.5 if one_sided else 1.0)
-            if needs_rows or needs_cols:
-                hz[rows] += part
-            continue
-        if needs_rows:
-            contribute(block.rows, weights, z_b)
-        if needs_cols and not block.diagonal:
-            contribute(block.cols, weights.t(), z_a)
+    sides = _Sides((lse, lse), (grad, grad), (hz, hz))
+    grad_scale = _add_matrix_gradient(backend, problem, plan, kept, sides, needs_grad, once)
     if unit is not None:
         hz.mul_(unit)
         grad_scale.mul_(unit)
     return hz, grad_scale
+
+
+def _add_gradient_of_others(
+    others: Exchange,
+    backend: Backend,
+    problem: Problem,
+    geometry: tuple[int, BoolTable, int, bool],
+    lines: Tensor,
+    needs_grad: list[bool],
+    hz: Tensor,
+) -> Tensor:
+    """Add to ``hz`` [V, N, D] what the other processes' samples contribute.
+
+    Args:
+        lines: ``neg_lse``, :func:`subtractable`, and its gradient, [2, V, N].
+
+    Returns:
+        The share of ``dL/ds`` that half of ``<z, H z>`` leaves out.
+    """
+    grad_scale = problem.scale.new_zeros(())
+
+    def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
+        lines_other, z, *ids = given
+        lse, grad = zip(lines.flatten(1), lines_other.flatten(1), strict=True)
+        hz_other = torch.zeros_like(z, dtype=hz.dtype)
+        hz_own = hz
+        unit = weight_unit(torch.cat(grad), problem.compute_dtype)
+        if unit is not None:
+            grad, hz_own = tuple(of_side / unit for of_side in grad), torch.zeros_like(hz)
+        part = _add_matrix_gradient(
+            backend,
+            _rectangle(problem, z, ids),
+            plan_rectangle(meeting.rows, meeting.cols, *geometry[1:]),
+            None,
+            _Sides(lse, grad, (hz_own.flatten(0, 1), hz_other.flatten(0, 1))),
+            needs_grad,
+        )
+        if unit is not None:
+            hz.addcmul_(hz_own, unit)
+            hz_other.mul_(unit)
+            part.mul_(unit)
+        grad_scale.add_(part)
+        return [PerSample(hz_other, 1)]
+
+    for (returned,) in others.meet(meet):
+        hz.add_(returned)
+    return grad_scale
 
 
 def _backward(
@@ -181,11 +328,14 @@ def _backward(
     normalize: bool,
     max_scale: float | None,
     backend: str,
+    group: str,
+    exchange: str,
     z: Tensor,
     norm: Tensor,
     inverse: Tensor,
     own: Tensor,
     kept: Tensor,
+    sizes: Tensor,
     neg_lse: Tensor,
     grad_neg_lse: Tensor,
     grad_own_logits: Tensor,
@@ -195,10 +345,19 @@ def _backward(
     problem = _make_problem(z, scale, sample_ids, max_scale, normalize)
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
-    grad = grad_neg_lse.flatten().contiguous()
+    grad, others = grad_neg_lse.contiguous(), None
+    if group:
+        lines = torch.stack([subtractable(neg_lse), grad])
+        own_shard = [PerSample(lines, 2), *_shard(z, sample_ids)]
+        others = Exchange(group, exchange, sizes, own_shard)
     hz, grad_scale = _matrix_gradient(
-        BACKENDS[backend], problem, plan, kept, neg_lse.flatten(), grad, needs_grad
+        BACKENDS[backend], problem, plan, kept, neg_lse.flatten(), grad.flatten(), needs_grad
     )
+    if others is not None:
+        part = _add_gradient_of_others(
+            others, BACKENDS[backend], problem, geometry, lines, needs_grad, hz.view(z.shape)
+        )
+        grad_scale = part if grad_scale is None else grad_scale + part
     grads, grad_scale_of_views = BACKENDS[backend].embed_backward(
         views,
         normalize,
@@ -218,15 +377,15 @@ def _backward(
 
 LIBRARY.define(
     "neg_lse(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, int[] own_pairs, "
-    "bool normalize, float? max_scale, ScalarType compute_dtype, str backend, bool[] needs_grad) "
-    "-> (Tensor neg_lse, Tensor own_logits, Tensor z, Tensor norm, "
-    "Tensor inverse, Tensor own, Tensor kept)"
+    "bool normalize, float? max_scale, ScalarType compute_dtype, str backend, str group, "
+    "str exchange, bool[] needs_grad) -> (Tensor neg_lse, Tensor own_logits, Tensor z, "
+    "Tensor norm, Tensor inverse, Tensor own, Tensor kept, Tensor sizes)"
 )
 LIBRARY.define(
     "neg_lse_backward(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, "
-    "bool normalize, float? max_scale, str backend, Tensor z, Tensor norm, Tensor inverse, "
-    "Tensor own, Tensor kept, Tensor neg_lse, Tensor grad_neg_lse, Tensor grad_own_logits, "
-    "bool[] needs_grad) -> Tensor[]"
+    "bool normalize, float? max_scale, str backend, str group, str exchange, Tensor z, "
+    "Tensor norm, Tensor inverse, Tensor own, Tensor kept, Tensor sizes, Tensor neg_lse, "
+    "Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) -> Tensor[]"
 )
 LIBRARY.impl("neg_lse", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("neg_lse_backward", _backward, "CompositeExplicitAutograd")
@@ -243,6 +402,8 @@ def _forward_fake(
     max_scale: float | None,
     compute_dtype: torch.dtype,
     backend: str,
+    group: str,
+    exchange: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     num_views, (num_samples, dim) = len(views), views[0].shape
@@ -252,12 +413,13 @@ def _forward_fake(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     kept = _empty_kept(backend, geometry, scale, needs_grad)
     norm = scale.new_empty((num_views, num_samples) if normalize else 0)
-    return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept
+    sizes = torch.empty(group_size(group), dtype=torch.int64)
+    return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept, sizes
 
 
 @torch.library.register_fake("gcl_kernels::neg_lse_backward", lib=LIBRARY)
-def _backward_fake(views: Sequence[Tensor], scale: Tensor, *others: Any) -> list[Tensor]:
-    needs_grad = others[-1]
+def _backward_fake(views: Sequence[Tensor], scale: Tensor, *rest: Any) -> list[Tensor]:
+    needs_grad = rest[-1]
     grads = [
         view.new_empty(view.shape) if needs else scale.new_empty(0)
         for view, needs in zip(views, needs_grad[:-1], strict=True)
@@ -269,7 +431,8 @@ refuse_double_backward("neg_lse_backward")
 
 
 class NegLSE(torch.autograd.Function):
-    """(static arguments, sample_ids, scale, *views) -> (neg_lse [V, N], own_logits [V, V, N])."""
+    """(static arguments, sample_ids, scale, *views) -> (neg_lse [V, N], own_logits [V, V, N],
+    sizes [W])."""
 
     @staticmethod
     def forward(
@@ -280,15 +443,17 @@ class NegLSE(torch.autograd.Function):
         max_scale: float | None,
         compute_dtype: torch.dtype,
         backend: str,
+        group: str,
+        exchange: str,
         needs_grad: list[bool],
         sample_ids: Tensor | None,
         scale: Tensor,
         *views: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         operator = torch.ops.gcl_kernels.neg_lse
         if unwatched(scale, sample_ids, *views):
             operator = _forward
-        neg_lse, own_logits, z, norm, inverse, own, kept = operator(
+        neg_lse, own_logits, z, norm, inverse, own, kept, sizes = operator(
             views,
             scale,
             sample_ids,
@@ -298,21 +463,25 @@ class NegLSE(torch.autograd.Function):
             max_scale,
             compute_dtype,
             backend,
+            group,
+            exchange,
             needs_grad,
         )
-        ctx.save_for_backward(sample_ids, scale, z, norm, inverse, own, kept, neg_lse, *views)
-        ctx.static = (candidates, normalize, max_scale, backend)
+        ctx.save_for_backward(
+            sample_ids, scale, z, norm, inverse, own, kept, sizes, neg_lse, *views
+        )
+        ctx.static = (candidates, normalize, max_scale, backend, group, exchange)
         ctx.kept_for = needs_grad
-        return neg_lse, own_logits
+        return neg_lse, own_logits, sizes
 
     @staticmethod
     def backward(
-        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor
+        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, grad_sizes: None
     ) -> tuple[Tensor | None, ...]:
-        sample_ids, scale, z, norm, inverse, own, kept, neg_lse, *views = ctx.saved_tensors
-        needs_grad = [*ctx.needs_input_grad[9:], ctx.needs_input_grad[8]]
+        sample_ids, scale, z, norm, inverse, own, kept, sizes, neg_lse, *views = ctx.saved_tensors
+        needs_grad = [*ctx.needs_input_grad[11:], ctx.needs_input_grad[10]]
         if needs_grad[:-1] != ctx.kept_for[:-1]:
-            kept = kept.new_empty(0)  # torch.autograd.grad of some inputs: other blocks
+            kept = kept.new_empty(0)  # of other blocks
         operator = torch.ops.gcl_kernels.neg_lse_backward
         if unwatched(grad_neg_lse, grad_own_logits, scale, *views):
             operator = _backward
@@ -326,13 +495,14 @@ class NegLSE(torch.autograd.Function):
             inverse,
             own,
             kept,
+            sizes,
             neg_lse,
             grad_neg_lse,
             grad_own_logits,
             needs_grad,
         )
         return (
-            *(None,) * 8,
+            *(None,) * 10,
             grad_scale if needs_grad[-1] else None,
             *(grad if need else None for grad, need in zip(grads, needs_grad[:-1], strict=True)),
         )
@@ -344,27 +514,30 @@ def negatives(
     sample_ids: Tensor | None,
     own_pairs: OwnPairs,
     spec: NegativesSpec,
-) -> tuple[Tensor, Tensor]:
-    """``neg_lse`` [V, N] and ``own_logits`` [V, V, N]: ``s <z_a^j, z_b^j>``, ``ABSENT`` where the
-    pair was not asked for."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``neg_lse`` [V, N]; ``own_logits`` [V, V, N]: ``s <z_a^j, z_b^j>``, ``ABSENT`` where the pair
+    was not asked for; and the numbers of samples of all processes [W], None of one alone."""
     if spec.backend == "reference":
         neg_lse, own_logits = reference.negatives(views, scale, sample_ids, spec)
         views_of = range(len(views))
         absent = [[(min(a, b), max(a, b)) not in own_pairs for b in views_of] for a in views_of]
         mask = torch.tensor(absent, device=own_logits.device).unsqueeze(-1)
-        return neg_lse, own_logits.masked_fill(mask, ABSENT)
-    return NegLSE.apply(
+        return neg_lse, own_logits.masked_fill(mask, ABSENT), None
+    neg_lse, own_logits, sizes = NegLSE.apply(
         [entry for row in spec.candidates for entry in row],
         [index for pair in own_pairs for index in pair],
         spec.normalize,
         spec.max_scale,
         spec.compute_dtype,
         spec.backend,
+        spec.group,
+        spec.exchange,
         needing_grad(*views, scale),
         sample_ids,
         scale,
         *views,
     )
+    return neg_lse, own_logits, sizes if spec.group else None
 
 
 def neg_lse(
@@ -377,6 +550,8 @@ def neg_lse(
     sample_ids: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    group: Any = None,
+    exchange: str = "gather",
 ) -> Tensor:
     """Log of the summed exponentials of every anchor's logits against its negatives.
 
@@ -392,7 +567,8 @@ def neg_lse(
             view without any candidate gets -inf.
         sample_ids: N integers; embeddings with equal ids are no negatives of each other. Default:
             all different.
-        compute_dtype, backend: as for :func:`gcl_kernels.gcl_loss`.
+        compute_dtype, backend, group, exchange: as for :func:`gcl_kernels.gcl_loss`; each process
+            gets the rows of its own samples.
 
     Returns:
         [V, N], float32 (float64 where the products are float64), natural logarithm; -inf for an
@@ -411,7 +587,16 @@ def neg_lse(
     else:
         table = bool_table("candidates", candidates, len(views))
     scale, spec = prepare(
-        views, table, logit_scale, temperature, normalize, sample_ids, compute_dtype, backend
+        views,
+        table,
+        logit_scale,
+        temperature,
+        normalize,
+        sample_ids,
+        compute_dtype,
+        backend,
+        group,
+        exchange,
     )
     return negatives(views, scale, sample_ids, (), spec)[0]
 
@@ -425,12 +610,15 @@ def prepare(
     sample_ids: Tensor | None,
     compute_dtype: torch.dtype | None,
     backend: str,
+    group: Any,
+    exchange: str,
 ) -> tuple[Tensor, NegativesSpec]:
     """Check the arguments that all losses share: the scale as a tensor, and the spec."""
     check_sample_ids(sample_ids, views[0])
     compute_dtype, accum_dtype = resolve_dtypes(compute_dtype, views)
     scale, max_scale = resolve_scale(logit_scale, temperature, views[0].device, accum_dtype)
     backend = resolve_backend(backend, views[0].device, compute_dtype)
+    group = resolve_group(group, exchange, backend)
     return scale, NegativesSpec(
-        candidates, normalize, compute_dtype, accum_dtype, max_scale, backend
+        candidates, normalize, compute_dtype, accum_dtype, max_scale, backend, group, exchange
     )

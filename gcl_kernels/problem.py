@@ -1,7 +1,7 @@
 """What the block functions of every backend read and write, and the product they share.
 
-``Problem`` names two sets of rows. They are one and the same here; processes that hold shards of
-a batch give their own rows and another's.
+``Problem`` names two sets of rows. Within a process they are one and the same; of two processes
+that hold shards of a batch one takes its own as rows and the other's as columns.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Problem:
     """The inputs of a pass.
 
     Attributes:
-        z_rows, z_cols: embeddings [M, D] in the compute dtype, contiguous.
-        ids_rows, ids_cols: sample ids [M], or None for the default ids, whose equal pairs the
+        z_rows, z_cols: embeddings [M, D] and [K, D] in the compute dtype, contiguous.
+        ids_rows, ids_cols: sample ids [M], [K], or None for the default ids, whose equal pairs the
             blocks list.
         scale: logit scale, 0-d, in the accumulation dtype.
         max_scale: its value where the host knows it: given as a number, or in a CPU's own memory.
@@ -68,11 +68,12 @@ class FusedProblem:
     of all V x V pairs of views.
 
     Attributes:
-        z_rows, z_cols: base embeddings [2, N, D] in the compute dtype, contiguous.
-        coefficients_rows, coefficients_cols: [V, 2, N] in the accumulation dtype, contiguous.
+        z_rows, z_cols: base embeddings [2, N, D], [2, K, D] in the compute dtype, contiguous.
+        coefficients_rows, coefficients_cols: [V, 2, N], [V, 2, K] in the accumulation dtype,
+            contiguous.
         bases: for each view the base that it is (its coefficients are one and zero), or None.
         candidates: V x V, ``[v][w]``: the other samples of view w are negatives of view v.
-        ids_rows, ids_cols: sample ids [N], or None for the default ids.
+        ids_rows, ids_cols: sample ids [N], [K], or None for the default ids.
         scale, max_scale, unit_rows: as in :class:`Problem`; ``unit_rows`` speaks of the V views.
     """
 
@@ -112,19 +113,19 @@ def bounded(problem: Problem | FusedProblem) -> bool:
 class RowStats:
     """Running statistics of rows: ``sum`` is that of exp(x - ``max``) over the logits so far.
 
-    Both [M], or [V, N] of a :class:`FusedProblem`.
+    Both [M], or [V, N] of a :class:`FusedProblem`; of columns, K for M and N.
     """
 
     max: Tensor
     sum: Tensor
 
 
-def empty_stats(problem: Problem | FusedProblem) -> RowStats:
-    """The statistics of rows without a logit."""
+def empty_stats(problem: Problem | FusedProblem, z: Tensor) -> RowStats:
+    """The statistics without a logit of the embeddings ``z``: the problem's rows, or columns."""
     if isinstance(problem, FusedProblem):
-        shape: tuple[int, ...] = (len(problem.bases), problem.z_rows.shape[1])
+        shape: tuple[int, ...] = (len(problem.bases), z.shape[1])
     else:
-        shape = (problem.z_rows.shape[0],)
+        shape = (z.shape[0],)
     # Finite, so that a row which stays without a logit subtracts no infinities.
     start = problem.max_scale if bounded(problem) else torch.finfo(problem.accum_dtype).min
     return RowStats(problem.scale.new_full(shape, start), problem.scale.new_zeros(shape))
@@ -206,15 +207,19 @@ def neg_lse_by_blocks(
     plan: Sequence[Block],
     kept: Tensor,
     leading: tuple[int, ...] = (),
-) -> Tensor:
-    """``neg_lse`` of all rows, from a backend's statistics of the plan's blocks. The tiles that fit
-    into ``kept`` are there, zeros in the rest."""
+) -> tuple[Tensor, Tensor]:
+    """``neg_lse`` of all rows and of all columns (one tensor where they are the same), from a
+    backend's statistics of the plan's blocks. The tiles that fit into ``kept`` are there, zeros in
+    the rest."""
     workspace = Workspace(problem.z_rows.device, plan, kept, leading)
-    stats = empty_stats(problem)
+    rows = cols = empty_stats(problem, problem.z_rows)
+    if problem.z_cols is not problem.z_rows:
+        cols = empty_stats(problem, problem.z_cols)
     for block in plan:
-        block_stats(problem, block, stats, stats, workspace)
+        block_stats(problem, block, rows, cols, workspace)
     kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
-    return stats.sum.log_().add_(stats.max)
+    of_rows = rows.sum.log_().add_(rows.max)
+    return of_rows, of_rows if cols is rows else cols.sum.log_().add_(cols.max)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -29,13 +29,22 @@ A fused vector shorter than 1e-12 is a zero vector: its logits are 0, and nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gcl_kernels.blocks import Block, most_elements, plan_blocks
+from gcl_kernels.blocks import Block, most_elements, plan_blocks, plan_rectangle
 from gcl_kernels.dispatch import BACKENDS, Backend
+from gcl_kernels.distributed import (
+    Exchange,
+    Meeting,
+    PerSample,
+    Terms,
+    agree,
+    group_size,
+)
 from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
     LIBRARY,
@@ -117,6 +126,8 @@ def _forward(
     max_scale: float | None,
     compute_dtype: torch.dtype,
     backend: str,
+    group: str,
+    exchange: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     z, inverse, lengths, coefficients, dots = BACKENDS[backend].embed_fused(
@@ -127,12 +138,118 @@ def _forward(
     )
     plan = _plan(backend, z, len(bases))
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
+    sizes, others = torch.empty(0, dtype=torch.int64), None
+    if group:
+        terms = Terms(
+            embeddings=f"views made of two embeddings by {problem.bases}",
+            views=len(bases),
+            dimension=z.shape[2],
+            compute_dtype=compute_dtype,
+            candidates=problem.candidates,
+            normalize=normalize,
+            sample_ids=sample_ids is not None,
+            gradients=tuple(needs_grad),
+            exchange=exchange,
+        )
+        sizes = agree(group, terms, z.shape[1], scale)
+        others = Exchange(group, exchange, sizes, _shard(problem))
     neg_lse = BACKENDS[backend].fused_statistics(problem, plan, kept)
     if neg_lse is None:
         block_stats = BACKENDS[backend].module.fused_block_stats
-        neg_lse = neg_lse_by_blocks(block_stats, problem, plan, kept, (2, 2))
+        neg_lse, _ = neg_lse_by_blocks(block_stats, problem, plan, kept, (2, 2))
+    if others is not None:
+        neg_lse = _with_others(others, backend, problem, neg_lse)
     own_logits = mark_absent_(_similarities(coefficients, dots)[1] * scale, unflatten(own_pairs, 2))
-    return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept
+    return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept, sizes
+
+
+def _shard(problem: FusedProblem) -> list[PerSample]:
+    """What other processes need of these embeddings."""
+    ids = problem.ids_rows
+    return [
+        PerSample(problem.z_rows, 1),
+        PerSample(problem.coefficients_rows, 2),
+        *([] if ids is None else [PerSample(ids.to(torch.int64).contiguous(), 0)]),
+    ]
+
+
+def _rectangle(
+    backend: str, problem: FusedProblem, meeting: Meeting, given: Sequence[Tensor]
+) -> tuple[FusedProblem, tuple[Block, ...]]:
+    """The problem's rows against what other processes gave of theirs, and its blocks."""
+    z, coefficients, *ids = given
+    block_rows = BACKENDS[backend].module.fused_block_rows(problem.z_rows, len(problem.bases))
+    return (
+        replace(
+            problem, z_cols=z, coefficients_cols=coefficients, ids_cols=ids[0] if ids else None
+        ),
+        plan_rectangle(meeting.rows, meeting.cols, _ONE_SEGMENT, block_rows),
+    )
+
+
+def _with_others(others: Exchange, backend: str, problem: FusedProblem, neg_lse: Tensor) -> Tensor:
+    """``neg_lse`` [V, N] of this process's samples with all others' among the candidates."""
+
+    def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
+        nonlocal neg_lse
+        rectangle, plan = _rectangle(backend, problem, meeting, given)
+        of_rows, of_cols = neg_lse_by_blocks(
+            BACKENDS[backend].module.fused_block_stats, rectangle, plan, neg_lse.new_empty(0)
+        )
+        neg_lse = torch.logaddexp(neg_lse, of_rows)
+        return [PerSample(of_cols, 1)]
+
+    for (returned,) in others.meet(meet):
+        neg_lse = torch.logaddexp(neg_lse, returned)
+    return neg_lse
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Of rows and of columns, which are the same tensors where the problem is square: ``neg_lse``,
+    :func:`subtractable`, and its gradient; and ``R`` and ``U``, to which a pass adds."""
+
+    lse: tuple[Tensor, Tensor]
+    grad: tuple[Tensor, Tensor]
+    r: tuple[Tensor, Tensor]
+    inner: tuple[Tensor, Tensor]
+
+
+def _add_matrix_gradient(
+    row: Backend,
+    problem: FusedProblem,
+    plan: tuple[Block, ...],
+    kept: Tensor | None,
+    sides: _Sides,
+    needs_base: Sequence[bool],
+) -> None:
+    """Add to ``R`` and ``U`` of both sides."""
+    r_rows, r_cols = sides.r
+    workspace = Workspace(problem.z_rows.device, plan, kept, (2, 2))
+    for block in plan:
+        f = row.module.fused_block_weights(
+            problem, block, *sides.lse, *sides.grad, *sides.inner, workspace
+        )
+        for b in range(2):
+            if not needs_base[b]:
+                continue
+            for c in range(2):
+                row.add_product(r_rows[b, block.rows], f[b, c], problem.z_cols[c, block.cols])
+                if not block.diagonal:
+                    z_rows = problem.z_rows[c, block.rows]
+                    row.add_product(r_cols[b, block.cols], f[c, b].t(), z_rows)
+
+
+def _unit(problem: FusedProblem, grad: Tensor) -> Tensor | None:
+    """The unit in which ``F`` is stored; None: 1."""
+    unit = weight_unit(grad, problem.compute_dtype)
+    if unit is None:
+        return None
+    # F sums V^2 weights times coefficients, which are large where bases nearly cancel.
+    rows, cols = (
+        k.abs().sum(0).amax() for k in (problem.coefficients_rows, problem.coefficients_cols)
+    )
+    return unit * (rows * cols).clamp_min(1)
 
 
 def _matrix_gradient(
@@ -149,30 +266,59 @@ def _matrix_gradient(
     if whole is not None:
         return whole
     lse = subtractable(neg_lse)
-    z, coefficients = problem.z_rows, problem.coefficients_rows
-    unit = weight_unit(grad, problem.compute_dtype)
+    unit = _unit(problem, grad)
     if unit is not None:
-        # F sums V^2 weights times coefficients, which are large where bases nearly cancel.
-        unit = unit * coefficients.abs().sum(0).amax().square().clamp_min(1)
         grad = grad / unit
-    r = torch.zeros_like(z, dtype=problem.accum_dtype)
-    inner = torch.zeros_like(coefficients)
-    workspace = Workspace(z.device, plan, kept, (2, 2))
-    for block in plan:
-        f = row.module.fused_block_weights(
-            problem, block, lse, lse, grad, grad, inner, inner, workspace
-        )
-        for b in range(2):
-            if not needs_base[b]:
-                continue
-            for c in range(2):
-                row.add_product(r[b, block.rows], f[b, c], z[c, block.cols])
-                if not block.diagonal:
-                    row.add_product(r[b, block.cols], f[c, b].t(), z[c, block.rows])
+    r = torch.zeros_like(problem.z_rows, dtype=problem.accum_dtype)
+    inner = torch.zeros_like(problem.coefficients_rows)
+    sides = _Sides((lse, lse), (grad, grad), (r, r), (inner, inner))
+    _add_matrix_gradient(row, problem, plan, kept, sides, needs_base)
     if unit is not None:
         r.mul_(unit)
         inner.mul_(unit)
     return r, inner
+
+
+def _add_gradient_of_others(
+    others: Exchange,
+    backend: str,
+    problem: FusedProblem,
+    lines: Tensor,
+    needs_base: Sequence[bool],
+    r: Tensor,
+    inner: Tensor,
+) -> None:
+    """Add to ``R`` and ``U`` what the other processes' samples contribute.
+
+    Args:
+        lines: ``neg_lse``, :func:`subtractable`, and its gradient, [2, V, N].
+    """
+
+    def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
+        lines_other, *shard = given
+        rectangle, plan = _rectangle(backend, problem, meeting, shard)
+        lse, grad = zip(lines, lines_other, strict=True)
+        of_others = (
+            torch.zeros_like(rectangle.z_cols, dtype=r.dtype),
+            torch.zeros_like(rectangle.coefficients_cols),
+        )
+        of_own = r, inner
+        unit = _unit(rectangle, torch.cat(grad, 1))
+        if unit is not None:
+            grad = tuple(of_side / unit for of_side in grad)
+            of_own = torch.zeros_like(r), torch.zeros_like(inner)
+        sides = _Sides(lse, grad, *zip(of_own, of_others, strict=True))
+        _add_matrix_gradient(BACKENDS[backend], rectangle, plan, None, sides, needs_base)
+        if unit is not None:
+            r.addcmul_(of_own[0], unit)
+            inner.addcmul_(of_own[1], unit)
+            for part in of_others:
+                part.mul_(unit)
+        return [PerSample(of_others[0], 1), PerSample(of_others[1], 2)]
+
+    for returned_r, returned_inner in others.meet(meet):
+        r.add_(returned_r)
+        inner.add_(returned_inner)
 
 
 def _backward(
@@ -186,12 +332,15 @@ def _backward(
     normalize: bool,
     max_scale: float | None,
     backend: str,
+    group: str,
+    exchange: str,
     z: Tensor,
     inverse: Tensor,
     lengths: Tensor,
     coefficients: Tensor,
     dots: Tensor,
     kept: Tensor,
+    sizes: Tensor,
     neg_lse: Tensor,
     grad_neg_lse: Tensor,
     grad_own_logits: Tensor,
@@ -200,15 +349,22 @@ def _backward(
     problem = _make_problem(
         z, coefficients, bases, candidates, scale, sample_ids, max_scale, normalize
     )
+    neg_lse, grad, others = neg_lse.contiguous(), grad_neg_lse.contiguous(), None
+    if group:
+        lines = torch.stack([subtractable(neg_lse), grad])
+        own_shard = [PerSample(lines, 2), *_shard(problem)]
+        others = Exchange(group, exchange, sizes, own_shard)
     r, inner = _matrix_gradient(
         BACKENDS[backend],
         problem,
         _plan(backend, z, len(bases)),
         kept,
-        neg_lse.contiguous(),
-        grad_neg_lse.contiguous(),
+        neg_lse,
+        grad,
         needs_grad[:2],
     )
+    if others is not None:
+        _add_gradient_of_others(others, backend, problem, lines, needs_grad[:2], r, inner)
     toward_bases, own = _similarities(coefficients, dots)
     half_sum = (coefficients * inner).sum().mul_(0.5)
     grad_scale = half_sum.add_((grad_own_logits * own).sum())
@@ -243,16 +399,16 @@ def _backward(
 LIBRARY.define(
     "fused_neg_lse(Tensor e_0, Tensor e_1, Tensor mixing, Tensor scale, Tensor? sample_ids, "
     "bool[] candidates, int[] own_pairs, int[] bases, bool normalize, float? max_scale, "
-    "ScalarType compute_dtype, str backend, bool[] needs_grad) -> (Tensor neg_lse, "
-    "Tensor own_logits, Tensor z, Tensor inverse, Tensor lengths, Tensor coefficients, "
-    "Tensor dots, Tensor kept)"
+    "ScalarType compute_dtype, str backend, str group, str exchange, bool[] needs_grad) -> "
+    "(Tensor neg_lse, Tensor own_logits, Tensor z, Tensor inverse, Tensor lengths, "
+    "Tensor coefficients, Tensor dots, Tensor kept, Tensor sizes)"
 )
 LIBRARY.define(
     "fused_neg_lse_backward(Tensor e_0, Tensor e_1, Tensor mixing, Tensor scale, "
     "Tensor? sample_ids, bool[] candidates, int[] bases, bool normalize, float? max_scale, "
-    "str backend, Tensor z, Tensor inverse, Tensor lengths, Tensor coefficients, Tensor dots, "
-    "Tensor kept, Tensor neg_lse, Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) "
-    "-> Tensor[]"
+    "str backend, str group, str exchange, Tensor z, Tensor inverse, Tensor lengths, "
+    "Tensor coefficients, Tensor dots, Tensor kept, Tensor sizes, Tensor neg_lse, "
+    "Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) -> Tensor[]"
 )
 LIBRARY.impl("fused_neg_lse", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_neg_lse_backward", _backward, "CompositeExplicitAutograd")
@@ -273,6 +429,8 @@ def _forward_fake(
     max_scale: float | None,
     compute_dtype: torch.dtype,
     backend: str,
+    group: str,
+    exchange: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     num_views, (num_samples, dim) = len(bases), e_0.shape
@@ -286,14 +444,15 @@ def _forward_fake(
         scale.new_empty(num_views, 2, num_samples),
         scale.new_empty(2, 2, num_samples),
         _empty_kept(backend, z, scale, num_views, needs_grad),
+        torch.empty(group_size(group), dtype=torch.int64),
     )
 
 
 @torch.library.register_fake("gcl_kernels::fused_neg_lse_backward", lib=LIBRARY)
 def _backward_fake(
-    e_0: Tensor, e_1: Tensor, mixing: Tensor, scale: Tensor, *others: Any
+    e_0: Tensor, e_1: Tensor, mixing: Tensor, scale: Tensor, *rest: Any
 ) -> list[Tensor]:
-    needs_grad = others[-1]
+    needs_grad = rest[-1]
     return [
         *(
             of.new_empty(of.shape) if needs else scale.new_empty(0)
@@ -304,7 +463,7 @@ def _backward_fake(
 
 
 class FusedNegLSE(torch.autograd.Function):
-    """(static arguments, sample_ids, e_0, e_1, mixing, scale) -> (neg_lse, own_logits)."""
+    """(static arguments, sample_ids, e_0, e_1, mixing, scale) -> (neg_lse, own_logits, sizes)."""
 
     @staticmethod
     def forward(
@@ -316,14 +475,16 @@ class FusedNegLSE(torch.autograd.Function):
         max_scale: float | None,
         compute_dtype: torch.dtype,
         backend: str,
+        group: str,
+        exchange: str,
         needs_grad: list[bool],
         sample_ids: Tensor | None,
         *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         operator = torch.ops.gcl_kernels.fused_neg_lse
         if unwatched(sample_ids, *inputs):
             operator = _forward
-        neg_lse, own_logits, *saved = operator(
+        neg_lse, own_logits, *saved, sizes = operator(
             *inputs,
             sample_ids,
             candidates,
@@ -333,20 +494,22 @@ class FusedNegLSE(torch.autograd.Function):
             max_scale,
             compute_dtype,
             backend,
+            group,
+            exchange,
             needs_grad,
         )
-        ctx.save_for_backward(*inputs, sample_ids, *saved, neg_lse)
-        ctx.static = (candidates, bases, normalize, max_scale, backend)
-        return neg_lse, own_logits
+        ctx.save_for_backward(*inputs, sample_ids, *saved, sizes, neg_lse)
+        ctx.static = (candidates, bases, normalize, max_scale, backend, group, exchange)
+        return neg_lse, own_logits, sizes
 
     @staticmethod
     def backward(
-        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor
+        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, grad_sizes: None
     ) -> tuple[Tensor | None, ...]:
-        *inputs, sample_ids, z, inverse, lengths, coefficients, dots, kept, neg_lse = (
+        *inputs, sample_ids, z, inverse, lengths, coefficients, dots, kept, sizes, neg_lse = (
             ctx.saved_tensors
         )
-        needs_grad = list(ctx.needs_input_grad[9:])
+        needs_grad = list(ctx.needs_input_grad[11:])
         operator = torch.ops.gcl_kernels.fused_neg_lse_backward
         if unwatched(grad_neg_lse, grad_own_logits, *inputs):
             operator = _backward
@@ -360,13 +523,14 @@ class FusedNegLSE(torch.autograd.Function):
             coefficients,
             dots,
             kept,
+            sizes,
             neg_lse,
             grad_neg_lse,
             grad_own_logits,
             needs_grad,
         )
         return (
-            *(None,) * 9,
+            *(None,) * 11,
             *(grad if needs else None for grad, needs in zip(grads, needs_grad, strict=True)),
         )
 
@@ -380,7 +544,7 @@ def fused_negatives(
     sample_ids: Tensor | None,
     own_pairs: OwnPairs,
     spec: NegativesSpec,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """As :func:`gcl_kernels.negatives.negatives` of the views ``mixing[v] . (e_0, e_1)``.
 
     Args:
@@ -388,7 +552,7 @@ def fused_negatives(
         mixing: [V, 2] in the accumulation dtype, with gradient where it is no constant.
         bases: for each view the base that it is, its row of ``mixing`` being one and zero, or None.
     """
-    return FusedNegLSE.apply(
+    neg_lse, own_logits, sizes = FusedNegLSE.apply(
         [entry for row in spec.candidates for entry in row],
         [index for pair in own_pairs for index in pair],
         [-1 if base is None else base for base in bases],
@@ -396,6 +560,8 @@ def fused_negatives(
         spec.max_scale,
         spec.compute_dtype,
         spec.backend,
+        spec.group,
+        spec.exchange,
         needing_grad(e_0, e_1, mixing, scale),
         sample_ids,
         e_0,
@@ -403,3 +569,4 @@ def fused_negatives(
         mixing,
         scale,
     )
+    return neg_lse, own_logits, sizes if spec.group else None

@@ -43,6 +43,8 @@ class NegativesSpec:
         max_scale: the logit scale where it is a Python number, else None. It lets a backend prove
             a bound on the logits without reading a tensor.
         backend: a name of ``dispatch.BACKENDS``, already resolved.
+        group: the name of the process group whose embeddings meet, empty for this process alone.
+        exchange: how shards travel, one of ``distributed.EXCHANGES``.
     """
 
     candidates: BoolTable
@@ -51,6 +53,8 @@ class NegativesSpec:
     accum_dtype: torch.dtype
     max_scale: float | None
     backend: str
+    group: str = ""
+    exchange: str = "gather"
 
     @property
     def num_views(self) -> int:

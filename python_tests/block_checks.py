@@ -7,7 +7,7 @@ an emulated GPU. ``test_kernels`` holds what every such backend must do, ``test_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -15,7 +15,7 @@ from interpreter import HAS_TRITON, INTERPRETED
 from torch import Tensor
 
 from gcl_kernels.backends import cuda, triton
-from gcl_kernels.blocks import Block, plan_blocks
+from gcl_kernels.blocks import Block, Samples, plan_blocks, plan_rectangle
 from gcl_kernels.problem import FusedProblem, Problem, Workspace, empty_stats
 from gcl_kernels.spec import BoolTable
 
@@ -268,7 +268,7 @@ def run_stats(
     fused = isinstance(problem, FusedProblem)
     block_stats = backend.fused_block_stats if fused else backend.block_stats
     workspace = Workspace(problem.z_rows.device, plan)
-    stats = empty_stats(problem)
+    stats = empty_stats(problem, problem.z_rows)
     for block in plan:
         block_stats(problem, block, stats, stats, workspace)
     return stats.max, stats.sum
@@ -398,3 +398,135 @@ def check_fused_block_functions(kernels: Kernels, case: Case, dtype: torch.dtype
     terms = exact.inner_terms * needed
     allowed_inner = 2 * share(single_inner, exact_inner, terms) + allowed
     assert share(inner, exact_inner, terms) <= allowed_inner
+
+
+# --- Own rows against another process's columns --------------------------------------------------
+
+RECTANGLES = {
+    "bounded": Case(90, 40, 20.0),
+    "running maximum": Case(90, 40, 100.0, signs=True),
+    "several blocks": Case(110, 24, 30.0, block_rows=32),
+    "ids": Case(70, 33, 100.0, ids=True, block_rows=48),
+    "two views, off the diagonal": Case(
+        75, 48, 60.0, candidates=TWO_VIEWS, bases=(0, 1), block_rows=32
+    ),
+    "one-sided candidates": Case(61, 40, 20.0, candidates=ONE_SIDED, block_rows=64),
+}
+
+
+def _of_samples(lines: Tensor, num_views: int, samples: slice) -> Tensor:
+    """Those of some samples, of lines [V * N, ...]."""
+    return lines.unflatten(0, (num_views, -1))[:, samples].flatten(0, 1).contiguous()
+
+
+def check_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    """The first third of the samples as rows, the others as columns."""
+    square, views = make_problem(kernels, case, dtype), len(case.candidates)
+    sides = slice(0, case.num_samples // 3), slice(case.num_samples // 3, None)
+    z = [_of_samples(square.z_rows, views, side) for side in sides]
+    ids = [
+        None if square.ids_rows is None else _of_samples(square.ids_rows, views, side)
+        for side in sides
+    ]
+    problem = replace(square, z_rows=z[0], z_cols=z[1], ids_rows=ids[0], ids_cols=ids[1])
+    mask = negatives(case.candidates, square.ids_rows, case.num_samples).to(kernels.device)
+    x, single = (
+        problem.scale.to(kind) * (multiplied(z[0]).to(kind) @ multiplied(z[1]).to(kind).T)
+        for kind in (torch.float64, torch.float32)
+    )
+    of_rows = mask[:, sides[0], :, sides[1]].flatten(2).flatten(0, 1)
+    of_cols = mask[:, sides[1], :, sides[0]].flatten(2).flatten(0, 1).T
+    samples = [Samples(0, len(side) // views, len(side) // views) for side in z]
+    plan = plan_rectangle(*samples, case.candidates, case.block_rows)
+    workspace = Workspace(z[0].device, plan)
+    stats = [empty_stats(problem, side) for side in z]
+    for block in plan:
+        kernels.backend.block_stats(problem, block, *stats, workspace)
+    for of_side, served, axis in zip(stats, (of_rows, of_cols), (1, 0), strict=True):
+        lse, lse32 = (
+            values.masked_fill(~served, -torch.inf).logsumexp(axis) for values in (x, single)
+        )
+        check_stats((of_side.max, of_side.sum), lse, lse32, rounding(case))
+
+    # Any lse above the logits' will do, and other rows' are among them.
+    lse = [random_grad(side.shape[:1], x.device).abs() / 64 + problem.scale for side in z]
+    grad = [random_grad(side.shape[:1], x.device) for side in z]
+
+    def weights(x: Tensor) -> Tensor:
+        by_row = (x - lse[0][:, None]).exp() * grad[0][:, None]
+        return torch.where(of_rows, by_row, 0) + torch.where(
+            of_cols, (x - lse[1]).exp() * grad[1], 0
+        )
+
+    h = x.new_zeros(x.shape)
+    for block in plan:
+        part = kernels.backend.block_weights(problem, block, *lse, *grad, workspace)
+        h[block.rows, block.cols] = part.double()
+        part.fill_(torch.nan)
+    exact = weights(x)
+    allowed = 2 * error(weights(single), exact) + rounding(case) + kernels.rounding[dtype]
+    assert error(h, exact) <= allowed
+
+
+def check_fused_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
+    """As :func:`check_rectangle`: the part of the whole's results that lies there."""
+    square = fused_problem(kernels, case, dtype)
+    n = case.num_samples
+    sides = slice(0, n // 3), slice(n // 3, n)
+    z = [square.z_rows[:, side].contiguous() for side in sides]
+    coefficients = [square.coefficients_rows[..., side].contiguous() for side in sides]
+    ids = [None if square.ids_rows is None else square.ids_rows[side] for side in sides]
+    problem = replace(
+        square,
+        z_rows=z[0],
+        z_cols=z[1],
+        coefficients_rows=coefficients[0],
+        coefficients_cols=coefficients[1],
+        ids_rows=ids[0],
+        ids_cols=ids[1],
+    )
+    # In the whole, pairs of one side are masked: what is left of it is the rectangle.
+    mask = negatives(case.candidates, square.ids_rows, n).to(kernels.device)
+    for side in sides:
+        mask[:, side, :, side] = False
+    has_negative = mask.flatten(2).any(2)
+    grad = random_grad(has_negative.shape, mask.device) * has_negative
+    exact, single = (
+        fused_dense(square, mask, grad, kind) for kind in (torch.float64, torch.float32)
+    )
+    allowed = rounding(case, square.coefficients_rows.abs().sum(1).max().item() ** 2)
+    samples = [Samples(0, side.stop - side.start, side.stop - side.start) for side in sides]
+    plan = plan_rectangle(*samples, ((True,),), case.block_rows)
+    workspace = Workspace(z[0].device, plan)
+    stats = [empty_stats(problem, side) for side in z]
+    for block in plan:
+        kernels.backend.fused_block_stats(problem, block, *stats, workspace)
+    whole = tuple(
+        torch.cat([of.max for of in stats], 1) if k == 0 else torch.cat([of.sum for of in stats], 1)
+        for k in range(2)
+    )
+    check_stats(whole, exact.lse, single.lse, allowed)
+
+    given = exact.lse.masked_fill(~has_negative, torch.inf).float()
+    lse = [given[:, side].contiguous() for side in sides]
+    grads = [grad[:, side].contiguous() for side in sides]
+    inner = [torch.zeros_like(of) for of in coefficients]
+    f = exact.f.new_full((2, 2, n // 3, n - n // 3), torch.nan)
+    for block in plan:
+        part = kernels.backend.fused_block_weights(problem, block, *lse, *grads, *inner, workspace)
+        f[:, :, block.rows, block.cols] = part.double()
+        part.fill_(torch.nan)
+
+    def share(got: Tensor, expected: Tensor, terms: Tensor) -> float:
+        return float((got.double() - expected).norm() / terms.norm().clamp_min(1e-30))
+
+    there = (..., sides[0], sides[1])
+    terms = exact.f_terms[there]
+    allowed_f = 2 * share(single.f[there], exact.f[there], terms) + allowed
+    assert share(f, exact.f[there], terms) <= allowed_f + kernels.rounding[dtype]
+    both = torch.cat(inner, 2)
+    bases = torch.tensor([[v is None or v == b for b in range(2)] for v in problem.bases])
+    needed = bases.to(kernels.device).unsqueeze(-1) | (both != 0)
+    terms = exact.inner_terms * needed
+    allowed_inner = 2 * share(single.inner * needed, exact.inner * needed, terms) + allowed
+    assert share(both * needed, exact.inner * needed, terms) <= allowed_inner

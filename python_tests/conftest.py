@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 # torch.use_deterministic_algorithms asks this of cuBLAS, before CUDA starts.
@@ -10,13 +9,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
-from torch import Tensor
+from half_products import emulate_half_products
 
-from gcl_kernels import negatives, problem
+from gcl_kernels import problem
 from gcl_kernels.backends import cpu, tiled
 from gcl_kernels.dispatch import BACKENDS
 
-LONGEST = ("triton_compile", "cuda_build", "compile", "cuda_host", "open_clip", "demo")
+LONGEST = (
+    "triton_compile", "cuda_build", "compile", "cuda_host", "open_clip", "distributed", "demo"
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,19 +64,8 @@ def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def emulated_half_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU half types compute in float32; this gives ``tiled`` the arithmetic of a GPU: half
-    operands, float32 accumulation and results."""
-
-    def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-    def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-        accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
-
-    row = dataclasses.replace(BACKENDS["tiled"], product=product, add_product=add_product)
-    monkeypatch.setitem(BACKENDS, "tiled", row)
-    monkeypatch.setattr(tiled, "product", product)
-    monkeypatch.setattr(negatives, "resolve_dtypes", lambda dtype, views: (dtype, torch.float32))
+    """Half operands on a CPU, see there."""
+    emulate_half_products(monkeypatch)
 
 
 @pytest.fixture(params=["whole", "ragged"])

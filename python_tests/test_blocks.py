@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gcl_kernels.backends.reference import dense_mask
-from gcl_kernels.blocks import most_elements, plan_blocks
+from gcl_kernels.blocks import Samples, most_elements, plan_blocks, plan_rectangle
 
 TABLES = [
     ((True,) * 3,) * 3,
@@ -49,6 +49,29 @@ def test_every_needed_entry_is_visited_once(table, per_view, halve):
             assert torch.equal(served, expected.int())
         else:
             assert torch.equal(served > 0, expected) and served.max() <= 1
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("per_view", [False, True])
+def test_every_needed_entry_of_a_rectangle_is_visited_once(table, per_view):
+    meets = torch.tensor(table, dtype=torch.int)
+    sides = [(0, 1, 1), (0, 17, 17), (9, 17, 17), (0, 50, 50), (0, 25, 50), (7, 7, 7)]
+    for n, k, block_rows in itertools.product(sides, sides, [16, 32, 64]):
+        rows, cols = Samples(*n), Samples(*k)
+        by_rows, by_cols = torch.zeros(2, len(table) * n[2], len(table) * k[2], dtype=torch.int)
+        for block in plan_rectangle(rows, cols, table, block_rows, per_view):
+            assert 0 < block.shape[0] <= block_rows and 0 < block.shape[1] <= block_rows
+            assert block.serves_rows or block.serves_cols
+            assert not block.diagonal and not block.same_sample_offsets
+            by_rows[block.rows, block.cols] += block.serves_rows
+            by_cols[block.rows, block.cols] += block.serves_cols
+            if per_view:
+                assert block.row_start // n[2] == (block.row_stop - 1) // n[2]
+                assert block.col_start // k[2] == (block.col_stop - 1) // k[2]
+        there = torch.zeros(n[2], k[2], dtype=torch.int)
+        there[n[0] : n[1], k[0] : k[1]] = 1
+        assert torch.equal(by_rows, torch.kron(meets, there))
+        assert torch.equal(by_cols, torch.kron(meets.T.contiguous(), there))
 
 
 def test_only_needed_blocks():

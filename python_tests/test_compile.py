@@ -109,7 +109,7 @@ def test_opcheck(normalize, ids, compute_dtype):
     scale = torch.tensor(3.0, dtype=compute_dtype)
     static = ([True, True, False] * 3, normalize, None)
     forward = (views, scale, ids, static[0], [0, 0, 0, 1], normalize, None, compute_dtype, "tiled")
-    forward += ([True] * 4,)
+    forward += ("", "gather", [True] * 4)
     opcheck(torch.ops.gcl_kernels.neg_lse.default, forward)
     neg_lse, own_logits, *saved = torch.ops.gcl_kernels.neg_lse(*forward)
     for needs in ([True] * 4, [True, False, True, False]):
@@ -121,6 +121,8 @@ def test_opcheck(normalize, ids, compute_dtype):
                 ids,
                 *static,
                 "tiled",
+                "",
+                "gather",
                 *saved,
                 neg_lse,
                 torch.rand_like(neg_lse),

@@ -533,6 +533,8 @@ def test_tiles_only_and_no_host_read(device, learnable):
             *static[1:],
             torch.float32,
             "tiled",
+            "",
+            "gather",
             [True] * 4,
         )
         negatives._backward(
@@ -541,6 +543,8 @@ def test_tiles_only_and_no_host_read(device, learnable):
             None,
             *static,
             "tiled",
+            "",
+            "gather",
             *saved,
             neg_lse,
             torch.ones_like(neg_lse),
@@ -560,7 +564,7 @@ def _products(candidates, needs, n=96, d=64):
     count = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=count) as counter:
         neg_lse, own_logits, *saved = negatives._forward(
-            views, scale, None, flat, [], True, None, torch.float32, "tiled", needs
+            views, scale, None, flat, [], True, None, torch.float32, "tiled", "", "gather", needs
         )
         negatives._backward(
             views,
@@ -570,6 +574,8 @@ def _products(candidates, needs, n=96, d=64):
             True,
             None,
             "tiled",
+            "",
+            "gather",
             *saved,
             neg_lse,
             torch.ones_like(neg_lse),

@@ -17,6 +17,7 @@ LAYERS = [
     "backends",
     "dispatch",
     "operators",
+    "distributed",
     "negatives",
     "score_fusion",
     "losses",

@@ -15,12 +15,15 @@ from block_checks import (
     CUDA,
     FEW,
     FUSED_CASES,
+    RECTANGLES,
     TRITON,
     UNIT,
     Case,
     Kernels,
     check_block_functions,
     check_fused_block_functions,
+    check_fused_rectangle,
+    check_rectangle,
     error,
     fused_problem,
     fused_results,
@@ -82,6 +85,14 @@ def test_block_functions(kernels, name, dtype):
 def test_fused_block_functions(kernels, name, dtype):
     skip_repetition(kernels, name, dtype)
     check_fused_block_functions(kernels, FUSED_CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RECTANGLES)
+def test_rectangle(kernels, name, dtype):
+    """Own rows against the embeddings of other processes."""
+    check_rectangle(kernels, RECTANGLES[name], dtype)
+    check_fused_rectangle(kernels, RECTANGLES[name], dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)

@@ -8,7 +8,9 @@ import importlib.util
 import json
 import logging
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,15 +157,18 @@ def test_half_features_give_a_float32_loss():
     assert abs(loss - exact) < 0.02 * exact
 
 
-def test_one_process_only(monkeypatch):
-    with pytest.raises(NotImplementedError, match="world_size 1, got 2"):
+def test_processes(monkeypatch):
+    with pytest.raises(ValueError, match=r"world_size: expected 1, .*\(not initialised\), got 2"):
         gcl.GCLLoss(world_size=2)
     with pytest.raises(NotImplementedError, match="horovod"):
         gcl.GCLLoss(use_horovod=True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(NotImplementedError, match="got 4"):
+    with pytest.raises(ValueError, match="world_size: expected 4, .*got 1"):
         gcl.GCLLoss()
+    for local_loss in (False, True):
+        with pytest.raises(ValueError, match="gather_with_grad: expected True with several"):
+            gcl.GCLLoss(local_loss, world_size=4)
 
 
 def test_missing_open_clip_says_what_to_install(monkeypatch):
@@ -200,7 +205,7 @@ def test_create_loss():
     ):
         with pytest.raises(ValueError, match=named):
             gcl.create_loss(program_args(**changed))
-    with pytest.raises(NotImplementedError, match="got 8"):
+    with pytest.raises(ValueError, match="got 8"):
         gcl.create_loss(program_args(world_size=8))
     with pytest.raises(NotImplementedError, match="horovod"):
         gcl.create_loss(program_args(horovod=True))
@@ -566,3 +571,48 @@ def test_open_clips_program_trains(
     checkpoint = tmp_path / "run" / "checkpoints" / f"epoch_{epochs}.pt"
     reloaded = open_clip.create_model(tiny_config, pretrained=str(checkpoint), weights_only=False)
     assert type(reloaded) is open_clip.CLIP
+
+
+PROGRAM = """
+import sys
+import open_clip
+import torch
+import open_clip_train.main as program
+from gcl_kernels.integrations import open_clip as gcl
+
+# On a CPU, too, the program names devices, which DistributedDataParallel then refuses.
+parallel = torch.nn.parallel.DistributedDataParallel
+torch.nn.parallel.DistributedDataParallel = lambda model, device_ids: parallel(model)
+open_clip.add_model_config(sys.argv.pop(1))
+program.create_loss = gcl.create_loss
+program.create_model_and_transforms = gcl.create_model_and_transforms
+program.main(sys.argv[1:])
+"""
+
+
+def test_open_clips_program_trains_in_two_processes(emoji_csv, tmp_path):
+    """Under torchrun, with a batch of 32 in two halves."""
+    pytest.importorskip("open_clip_train.main")
+    config, script, epochs = tmp_path / "tiny-gcl.json", tmp_path / "train.py", 4
+    config.write_text(json.dumps(TINY))
+    script.write_text(PROGRAM)
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node 2 -- {script} {config}"
+    arguments = (
+        f"--model tiny-gcl --train-data {emoji_csv} --dataset-type csv --workers 0 --device cpu "
+        f"--logs {tmp_path} --name run --log-every-n-steps 1 --batch-size 16 --precision fp32 "
+        f"--epochs {epochs} --warmup 5 --lr 2e-3 --local-loss --gather-with-grad"
+    )
+    folders = [str(Path(gcl.__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(":")]
+    done = subprocess.run(
+        [sys.executable, *launch.split(), *arguments.split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, folders))},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "run" / "out.log").read_text()
+    logged = [float(value) for value in re.findall(r"Contrastive_loss: ([\d.]+)", log)]
+    assert len(logged) == epochs * 160 // 32
+    # log(95): all 3 * 32 - 1 candidates count, not only the process's own
+    assert logged[0] > 0.9 * math.log(95) and logged[-1] < 0.85 * math.log(95), logged

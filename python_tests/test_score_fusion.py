@@ -257,7 +257,7 @@ def test_double_backward_is_refused(device):
 
 def _negatives(views, mixing, bases, scale, candidates, backend, pairs=((0, 1),)):
     spec = NegativesSpec(candidates, True, torch.float64, torch.float64, None, backend)
-    return score_fusion.fused_negatives(*views, mixing, bases, scale, None, pairs, spec)
+    return score_fusion.fused_negatives(*views, mixing, bases, scale, None, pairs, spec)[:2]
 
 
 def test_any_combinations(float64_backend, device, tiling):
@@ -322,11 +322,11 @@ def test_opcheck(needs):
     mixing = torch.tensor([[1, 0], [0, 1], [0.5, 2.0]])
     static = ([True] * 9, [0, 1, -1], True, None)
     forward = (*views, mixing, torch.tensor(3.0), None)
-    forward += (static[0], [0, 1, 0, 2], *static[1:], torch.float32, "tiled", needs)
+    forward += (static[0], [0, 1, 0, 2], *static[1:], torch.float32, "tiled", "", "gather", needs)
     opcheck(torch.ops.gcl_kernels.fused_neg_lse.default, forward)
     neg_lse, own_logits, *saved = torch.ops.gcl_kernels.fused_neg_lse(*forward)
     grads = (torch.rand_like(neg_lse), torch.rand_like(own_logits))
-    backward = (*forward[:5], *static, "tiled", *saved, neg_lse, *grads, needs)
+    backward = (*forward[:5], *static, "tiled", "", "gather", *saved, neg_lse, *grads, needs)
     opcheck(torch.ops.gcl_kernels.fused_neg_lse_backward.default, backward)
 
 
@@ -345,10 +345,12 @@ def test_product_count(monkeypatch):
         inputs = (*views, mixing, scale, None)
         with FlopCounterMode(display=False, custom_mapping=count) as counter:
             neg_lse, own_logits, *saved = score_fusion._forward(
-                *inputs, static[0], [], *static[1:], torch.float32, "tiled", needs
+                *inputs, static[0], [], *static[1:], torch.float32, "tiled", "", "gather", needs
             )
             grads = (torch.ones_like(neg_lse), torch.ones_like(own_logits))
-            score_fusion._backward(*inputs, *static, "tiled", *saved, neg_lse, *grads, needs)
+            score_fusion._backward(
+                *inputs, *static, "tiled", "", "gather", *saved, neg_lse, *grads, needs
+            )
         return counter.get_total_flops() / (n * n * d)
 
     monkeypatch.setattr(tiled, "FUSED_BLOCK_ROWS", {"default": rows})

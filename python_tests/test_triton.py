@@ -275,7 +275,7 @@ def test_more_than_2_to_the_31_elements():
     scale = torch.tensor(1 / dim, device=DEVICE)
     problem = Problem(z, z, None, None, scale, None, False)
     block = Block(num_rows - 16, num_rows, num_rows - 16, num_rows, True, True, True, (0,))
-    stats = empty_stats(problem)
+    stats = empty_stats(problem, problem.z_rows)
     backend.block_stats(problem, block, stats, stats, Workspace(z.device, [block]))
     x = (z[last].double() @ z[last].double().T) / dim
     x.fill_diagonal_(-torch.inf)

@@ -35,7 +35,7 @@ def general(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable
     problem = Problem(z, z, ids, ids, torch.ones(()), None, True)
     plan = plan_blocks(n, candidates, backend.block_rows(z))
     workspace, rows = Workspace(z.device, plan), torch.zeros(z.shape[0])
-    stats = empty_stats(problem)
+    stats = empty_stats(problem, problem.z_rows)
     for block in plan:
         backend.block_stats(problem, block, stats, stats, workspace)
         backend.block_weights(problem, block, rows, rows, rows, rows, workspace)
@@ -50,7 +50,7 @@ def fused(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) 
     )
     plan = plan_blocks(n, ((True,),), backend.fused_block_rows(z, 3))
     workspace, rows = Workspace(z.device, plan), torch.zeros(len(bases), n)
-    stats = empty_stats(problem)
+    stats = empty_stats(problem, problem.z_rows)
     for block in plan:
         backend.fused_block_stats(problem, block, stats, stats, workspace)
         backend.fused_block_weights(

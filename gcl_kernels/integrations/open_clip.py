@@ -55,18 +55,21 @@ class GCLLoss(nn.Module):
     """`gcl_kernels.gcl_loss` with the constructor and the call of `open_clip.ClipLoss`.
 
     Args:
-        local_loss, gather_with_grad, cache_labels, rank: accepted because open_clip passes them;
-            with one process they change nothing, here as in `ClipLoss`.
-        world_size: number of processes, 1.
+        gather_with_grad: true with several processes; with one it changes nothing.
+        local_loss, cache_labels, rank: accepted because open_clip passes them. Each process returns
+            the loss of its own samples, and its gradients are those of `ClipLoss` with
+            `gather_with_grad`, whichever its `local_loss`.
+        world_size: number of processes, all of `torch.distributed`'s; they share the batch.
         use_horovod: False.
+        exchange: as in `gcl_kernels.gcl_loss`, of several processes.
         pair_weights, candidates, self_similarity, other_positives, fusion_weights, compute_dtype,
             backend: as in `gcl_kernels.gcl_loss`, same defaults. `fusion_weights` serves batches
             without `fused_features`: with a model of `fuse_in_loss=True` give the model's.
 
     Raises:
-        ValueError, TypeError: malformed options, as from `gcl_kernels.GCLLoss`.
-        NotImplementedError: `world_size` above 1, a `torch.distributed` process group of more
-            than one process, or `use_horovod`.
+        ValueError, TypeError: malformed options, as from `gcl_kernels.GCLLoss`; a `world_size` that
+            is not `torch.distributed`'s; several processes without `gather_with_grad`.
+        NotImplementedError: `use_horovod`.
     """
 
     def __init__(
@@ -85,17 +88,25 @@ class GCLLoss(nn.Module):
         fusion_weights: tuple[float, float] = (1.0, 1.0),
         compute_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        exchange: str = "gather",
     ) -> None:
         super().__init__()
         if use_horovod:
             raise NotImplementedError("GCLLoss does not support horovod (use_horovod=True)")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # open_clip 4.x users construct the loss themselves: without this, a forgotten
-            # world_size would silently train every process on its own negatives alone.
-            world_size = max(world_size, torch.distributed.get_world_size())
-        if world_size != 1:
-            raise NotImplementedError(
-                f"GCLLoss runs in one process so far: expected world_size 1, got {world_size}"
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        processes = torch.distributed.get_world_size() if distributed else 1
+        if world_size != processes:
+            # open_clip 4.x users construct the loss themselves: a forgotten world_size would
+            # silently train every process on its own negatives alone.
+            raise ValueError(
+                f"world_size: expected {processes}, the processes of torch.distributed"
+                f"{'' if distributed else ' (not initialised)'}, got {world_size}"
+            )
+        if processes > 1 and not gather_with_grad:
+            raise ValueError(
+                "gather_with_grad: expected True with several processes (--gather-with-grad), got "
+                "False: ClipLoss's feature gradients without it lack the other processes' share, "
+                "and GCLLoss has no such mode"
             )
         self.loss = gcl_kernels.GCLLoss(
             # Most of open_clip's features are normalised already (those of `fuse_in_loss` are not),
@@ -110,6 +121,8 @@ class GCLLoss(nn.Module):
             fusion_weights=fusion_weights,
             compute_dtype=compute_dtype,
             backend=backend,
+            group=torch.distributed.group.WORLD if processes > 1 else None,
+            exchange=exchange,
         )
 
     def forward(
@@ -152,8 +165,9 @@ def create_loss(args: Any, **options: Any) -> GCLLoss:
         options: keyword arguments of `GCLLoss`, bound with `functools.partial`.
 
     Raises:
-        ValueError: `args` ask for a loss of another kind: distillation, CoCa or SigLIP.
-        NotImplementedError: more than one process, or horovod.
+        ValueError: `args` ask for a loss of another kind (distillation, CoCa or SigLIP), or for
+            several processes without `gather_with_grad`.
+        NotImplementedError: horovod.
     """
     for asked, why in (
         (args.distill, "--distill-model"),

@@ -1,0 +1,666 @@
+"""Many processes: their losses and gradients are those of the whole batch in one process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from half_products import emulate_half_products
+from oracle import dense_loss, dense_neg_lse
+from processes import Pool
+from tolerance import assert_accurate
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gcl_kernels
+from gcl_kernels import problem
+from gcl_kernels.backends import cpu, tiled
+from gcl_kernels.dispatch import BACKENDS
+from gcl_kernels.distributed import meetings
+
+WORLD = 5
+EVERYONE = tuple(range(WORLD))
+SIZES = [5, 9, 3, 1, 6]
+BACKENDS_HERE = [name for name in ("tiled", "cpu") if BACKENDS[name].why_unavailable() is None]
+EXCHANGES = ["gather", "ring"]
+UPSTREAM = [1.0, -2.0, 0.5, 3.0, 1.5]
+"""Every process multiplies its loss by one of these before it goes backward."""
+FUSION_WEIGHTS = (1.3, 0.7)
+SHARED = ("scale", "fusion_weights")
+"""Gradients of which every process has a share."""
+
+SUBGROUPS: dict[tuple[int, ...], Any] = {}
+
+
+def group_of(members: tuple[int, ...]) -> Any:
+    """A group of these processes; all processes ask for it."""
+    if members == EVERYONE:
+        return dist.group.WORLD
+    if members not in SUBGROUPS:
+        SUBGROUPS[members] = dist.new_group(list(members))
+    return SUBGROUPS[members]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    pool = Pool(WORLD, tmp_path_factory.mktemp("processes"))
+    yield pool
+    pool.close()
+
+
+def random_views(num_samples: int, dim: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1000 * seed + num_samples)
+    return [torch.randn(num_samples, dim, generator=generator).double() for _ in range(3)]
+
+
+def shard(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    return tensor.split(sizes)[dist.get_rank()]
+
+
+def step(
+    road: str,
+    sizes: Sequence[int],
+    scale: float,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    members: tuple[int, ...] = EVERYONE,
+    small_blocks: bool = False,
+) -> dict[str, Tensor] | None:
+    """This process's loss and gradients of a batch that is the same for all."""
+    group = group_of(members)
+    if dist.get_rank() not in members:
+        return None
+    options = dict(options)
+    if "sample_ids" in options:
+        options["sample_ids"] = shard(options["sample_ids"], sizes)
+    views = [shard(v, sizes).to(dtype).requires_grad_() for v in random_views(sum(sizes), 19)]
+    accum = torch.promote_types(dtype, torch.float32)
+    s = torch.tensor(scale, dtype=accum, requires_grad=True)
+    weights = [torch.tensor(w, dtype=accum, requires_grad=True) for w in FUSION_WEIGHTS]
+    with pytest.MonkeyPatch.context() as patch:
+        if small_blocks:
+            for backend, blocks in ((tiled, {"default": 16}), (cpu, 16)):
+                patch.setattr(backend, "BLOCK_ROWS", blocks)
+                patch.setattr(backend, "FUSED_BLOCK_ROWS", blocks)
+            patch.setattr(problem, "KEPT_ELEMENTS", 0)
+        loss = {
+            "three views": lambda: gcl_kernels.gcl_loss(*views, s, group=group, **options),
+            "fused": lambda: gcl_kernels.gcl_loss(
+                *views[:2], None, s, fusion_weights=weights, group=group, **options
+            ),
+            "two views": lambda: gcl_kernels.clip_loss(*views[:2], s, group=group, **options),
+        }[road]()
+        (loss * UPSTREAM[dist.get_rank()]).sum().backward()
+    return gradients(road, loss.detach(), s, views, weights)
+
+
+def gradients(
+    road: str, loss: Tensor, scale: Tensor, views: Sequence[Tensor], weights: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    used = views if road == "three views" else views[:2]
+    found = {
+        "loss": loss,
+        "scale": scale.grad,
+        **{f"views[{v}]": e.grad for v, e in enumerate(used)},
+    }
+    if road == "fused":
+        found["fusion_weights"] = torch.stack([weight.grad for weight in weights])
+    return found
+
+
+def exact_step(
+    road: str,
+    sizes: Sequence[int],
+    scale: float,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    members: tuple[int, ...],
+    compute: torch.dtype,
+) -> dict[str, Tensor]:
+    """The same for the whole batch in one process, by the definition, in ``compute``."""
+    parts = [v.to(dtype).split(sizes) for v in random_views(sum(sizes), 19)]
+    views = [torch.cat([part[r] for r in members]).to(compute).requires_grad_() for part in parts]
+    options = {
+        name: value for name, value in options.items() if name not in ("backend", "exchange")
+    }
+    if "sample_ids" in options:
+        ids = options["sample_ids"].split(sizes)
+        options["sample_ids"] = torch.cat([ids[r] for r in members])
+    reduction = options.pop("reduction", "mean")
+    s = torch.tensor(scale, dtype=compute, requires_grad=True)
+    weights = [torch.tensor(w, dtype=compute, requires_grad=True) for w in FUSION_WEIGHTS]
+    inputs = views[:2]
+    if road == "three views":
+        inputs = views
+    elif road == "fused":
+        inputs = [*inputs, weights[0] * views[0] + weights[1] * views[1]]
+    else:
+        options["candidates"] = [[False, True], [True, False]]
+    losses = dense_loss(inputs, s, reduction="none", **options)
+    divisor = len(losses) / len(members) if reduction == "mean" else 1
+    shares = (losses / divisor).split([sizes[r] for r in members])
+    sum((share.sum() * UPSTREAM[r] for share, r in zip(shares, members, strict=True))).backward()
+    reduced = shares if reduction == "none" else [share.sum() for share in shares]
+    loss = torch.cat([part.detach().reshape(-1) for part in reduced])
+    return gradients(road, loss, s, views, weights)
+
+
+def check(
+    pool: Pool,
+    road: str,
+    sizes: Sequence[int],
+    scale: float,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    members: tuple[int, ...] = EVERYONE,
+    small_blocks: bool = False,
+) -> None:
+    results = pool.run(step, road, sizes, scale, dtype, options, members, small_blocks)
+    got = [results[r] for r in members]
+    result = {
+        name: torch.stack([part[name] for part in got]).sum(0)
+        if name in SHARED
+        else torch.cat([part[name].reshape(-1, *part[name].shape[1:]) for part in got])
+        for name in got[0]
+    }
+    accum = torch.promote_types(dtype, torch.float32)
+    exact, dense = (
+        exact_step(road, sizes, scale, dtype, options, members, compute)
+        for compute in (torch.float64, accum)
+    )
+    n = sum(sizes[r] for r in members)
+    of_all = n if options.get("reduction", "mean") != "mean" else len(members)
+    lengths = [v.norm(dim=-1) for v in random_views(sum(sizes), 19)]
+    for name, value in result.items():
+        terms = {
+            "loss": (scale + 10) * of_all,
+            "scale": 8.0 * of_all,
+            "fusion_weights": 8 * scale * of_all,
+        }.get(name)
+        if terms is None:
+            length = lengths[int(name[-2])]
+            terms = (8 * scale * of_all / n / length).norm().item()
+        assert_accurate(name, value, exact[name], dense[name], terms)
+
+
+IDS = torch.arange(sum(SIZES)) // 2 % 7
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "ids of all processes": {"sample_ids": IDS},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none", "other_positives": "exclude"},
+    "one anchor": {"pair_weights": [[0, 1, 1], [0, 0, 0], [0, 0, 0]]},
+    "candidates": {"candidates": [[0, 1, 1], [1, 0, 1], [1, 1, 0]], "self_similarity": "keep"},
+    "one-sided candidates": {
+        "candidates": [[1, 1, 0], [0, 1, 1], [1, 1, 1]],
+        "other_positives": "exclude",
+    },
+}
+OF_TWO_VIEWS = {name: OPTIONS[name] for name in ("default", "ids of all processes", "sum")}
+ROADS = {"three views": OPTIONS, "fused": OPTIONS, "two views": OF_TWO_VIEWS}
+
+
+def test_every_pair_of_samples_meets_once():
+    for world in range(1, 9):
+        sizes = [(5 * rank + 3) % 7 + 1 for rank in range(world)]
+        firsts = [sum(sizes[:rank]) for rank in range(world)]
+        met = torch.zeros(sum(sizes), sum(sizes), dtype=torch.int)
+        for rank in range(world):
+            found = meetings(rank, sizes)
+            assert len(found) == world // 2
+            for meeting in found:
+                (other,) = meeting.ranks
+                assert (meeting.rows.total, meeting.cols.total) == (sizes[rank], sizes[other])
+                rows, cols = (
+                    slice(firsts[of] + side.start, firsts[of] + side.stop)
+                    for of, side in ((rank, meeting.rows), (other, meeting.cols))
+                )
+                met[rows, cols] += 1
+                met[cols, rows] += 1
+        of = torch.repeat_interleave(torch.arange(world), torch.tensor(sizes))
+        assert torch.equal(met, (of[:, None] != of[None, :]).int())
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("road", ROADS)
+def test_equals_one_process(pool, road, backend, exchange):
+    """Shards of different sizes, in blocks that hold them and in blocks that do not."""
+    how = {"backend": backend, "exchange": exchange}
+    for options in ROADS[road].values():
+        for scale, small_blocks in ((20.0, False), (100.0, True)):
+            given = {**options, **how}
+            check(pool, road, SIZES, scale, torch.float32, given, small_blocks=small_blocks)
+    check(pool, road, [40, 23, 31, 17, 28], 30.0, torch.float64, how)
+    check(pool, road, [1] * WORLD, 30.0, torch.float32, how)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("members", [(1, 2), (0, 3), (0, 2, 4), (0, 1, 3, 4), (1,)], ids=str)
+def test_subgroup(pool, members, backend, exchange):
+    """Ranks of a group are not those of all processes; opposite processes halve their rectangle."""
+    how = {"backend": backend, "exchange": exchange}
+    for road in ROADS:
+        for scale, small_blocks in ((20.0, False), (100.0, True)):
+            check(pool, road, SIZES, scale, torch.float32, how, members, small_blocks)
+        given = {**how, "sample_ids": IDS}
+        check(pool, road, SIZES, 30.0, torch.float64, given, members)
+
+
+def rows_without_negatives() -> list[Tensor]:
+    """All ids are equal in all processes: no negatives anywhere; then only this one's are."""
+    results = []
+    for ids in (torch.zeros(4, dtype=torch.int32), torch.full((4,), dist.get_rank())):
+        views = [v.float().requires_grad_() for v in random_views(4, 8, dist.get_rank())]
+        for e_it in (None, views[2]):
+            loss = gcl_kernels.gcl_loss(
+                *views[:2], e_it, sample_ids=ids, group=dist.group.WORLD, exchange="ring"
+            )
+            loss.backward()
+            results += [loss.detach(), *(v.grad for v in views[: 2 if e_it is None else 3])]
+    lse = gcl_kernels.neg_lse(
+        views, 5.0, sample_ids=torch.zeros(4, dtype=torch.int64), group=dist.group.WORLD
+    )
+    return [*results, lse.detach()]
+
+
+def test_rows_without_negatives(pool):
+    for results in pool.run(rows_without_negatives):
+        assert all(result.isfinite().all() for result in results[:-1])
+        assert (results[-1] == -torch.inf).all()
+
+
+def own_rows(sizes: Sequence[int], ids: Tensor | None) -> Tensor:
+    views = [shard(v, sizes) for v in random_views(sum(sizes), 19)]
+    mine = None if ids is None else shard(ids, sizes)
+    table = [[True, True, False], [False, True, True], [False] * 3]
+    return gcl_kernels.neg_lse(
+        views, 7.0, candidates=table, sample_ids=mine, group=dist.group.WORLD
+    )
+
+
+@pytest.mark.parametrize("ids", [None, IDS], ids=["default", "given"])
+def test_neg_lse_of_own_rows(pool, ids):
+    result = torch.cat(pool.run(own_rows, SIZES, ids), 1)
+    table = [[True, True, False], [False, True, True]]
+    expected = dense_neg_lse(random_views(sum(SIZES), 19), torch.tensor(7.0), table, ids)
+    torch.testing.assert_close(result[:2], expected)
+    assert (result[2] == -torch.inf).all()
+
+
+def subset_step(needs: Sequence[bool], road: str, dtype: torch.dtype) -> list[Tensor | None]:
+    """Gradients where only some inputs need one."""
+    torch.manual_seed(dist.get_rank())
+    *needs_view, needs_scale = needs
+    views = [torch.randn(11, 6, dtype=dtype).requires_grad_(need) for need in needs_view]
+    scale = torch.tensor(20.0, dtype=dtype, requires_grad=needs_scale)
+    e_it = views[2] if road == "three views" else None
+    loss = gcl_kernels.gcl_loss(*views[:2], e_it, scale, group=dist.group.WORLD)
+    loss.backward()
+    return [leaf.grad for leaf in (*views, scale)]
+
+
+@pytest.mark.parametrize("road", ["three views", "fused"])
+def test_subset_of_inputs(pool, road):
+    """Each gradient is the one that it is where all inputs need one."""
+    full = pool.run(subset_step, (True,) * 4, road, torch.float64)
+    for needs in itertools.product([False, True], repeat=4):
+        if not any(needs) or (road == "fused" and (needs[2] or not any((*needs[:2], needs[3])))):
+            continue
+        grads = pool.run(subset_step, needs, road, torch.float64)
+        for rank in range(WORLD):
+            for need, grad, expected in zip(needs[:3], grads[rank], full[rank], strict=False):
+                assert (grad is None) == (not need)
+                if need:
+                    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
+        if needs[3]:
+            # The processes' shares of the scale's gradient are of pairs that each multiplies.
+            whole, expected = (sum(of_rank[3] for of_rank in run) for run in (grads, full))
+            torch.testing.assert_close(whole, expected, rtol=1e-12, atol=1e-14)
+
+
+def different_inputs(road: str) -> list[Tensor]:
+    """Gradients of all inputs, and of the first alone in the first process."""
+    views = [v.requires_grad_() for v in random_views(11, 6, dist.get_rank())]
+    inputs = views[: 2 if road == "fused" else 3]
+    loss = gcl_kernels.gcl_loss(
+        *views[:2], None if road == "fused" else views[2], group=dist.group.WORLD
+    )
+    every = torch.autograd.grad(loss, inputs, retain_graph=True)
+    asked = inputs[:1] if dist.get_rank() == 0 else inputs
+    return [
+        (got - want).abs().max()
+        for got, want in zip(torch.autograd.grad(loss, asked), every, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("road", ["three views", "fused"])
+def test_processes_may_ask_for_gradients_of_different_inputs(pool, road):
+    for differences in pool.run(different_inputs, road):
+        assert max(differences) < 1e-12
+
+
+def repeated(exchange: str) -> bool:
+    """Whether two runs, and two backward passes of one, give the same bits."""
+    views = [v.float().requires_grad_() for v in random_views(50, 24, dist.get_rank())]
+    s = torch.tensor(20.0, requires_grad=True)
+    inputs, runs = (*views, s), []
+    for _ in range(2):
+        loss = gcl_kernels.gcl_loss(*inputs, group=dist.group.WORLD, exchange=exchange)
+        for retain in (True, False):
+            runs.append((loss.detach(), *torch.autograd.grad(loss, inputs, retain_graph=retain)))
+    return all(all(map(torch.equal, runs[0], run)) for run in runs[1:])
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_same_bits(pool, exchange):
+    assert all(pool.run(repeated, exchange))
+
+
+def half_step(dtype: torch.dtype, road: str, upstream: float) -> list[tuple[Tensor, ...]]:
+    """Products of half types, as on a GPU; and beside it the whole batch in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        emulate_half_products(patch)
+        whole = [v[:30].to(dtype) for v in random_views(60, 32)]
+        parts = [v.split([14, 6, 2, 5, 3])[dist.get_rank()] for v in whole]
+        found = []
+        for views, group in ((parts, dist.group.WORLD), (whole, None)):
+            leaves = [v.float().requires_grad_(k != 1) for k, v in enumerate(views)]
+            scale = torch.tensor(20.0, requires_grad=True)
+            loss = gcl_kernels.gcl_loss(
+                *leaves[:2], None if road == "fused" else leaves[2], scale, reduction="sum",
+                compute_dtype=dtype, backend="tiled", group=group,
+            )  # fmt: skip
+            (loss * upstream).backward()
+            used = leaves[:1] if road == "fused" else leaves[::2]
+            found.append((loss.detach(), scale.grad, *(v.grad for v in used)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("road", ["three views", "fused"])
+@pytest.mark.parametrize("upstream", [1.0, -1e-7])
+def test_half_products(pool, dtype, road, upstream):
+    """As in one process, also where weights are below the smallest float16, and with a frozen
+    view."""
+    results = pool.run(half_step, dtype, road, upstream)
+    for k, expected in enumerate(results[0][1]):
+        got = [parts[k] for parts, _ in results]
+        whole = torch.cat(got) if expected.dim() else torch.stack(got).sum()
+        assert (whole - expected).norm() <= torch.finfo(dtype).eps / 2 * expected.norm()
+
+
+class _Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+def largest_tensor(exchange: str) -> int:
+    n, d = 700, 4
+    views = [v.float().requires_grad_() for v in random_views(n, d, dist.get_rank())]
+    with pytest.MonkeyPatch.context() as patch, _Largest() as watch:
+        patch.setattr(problem, "KEPT_ELEMENTS", 0)
+        loss = gcl_kernels.gcl_loss(
+            *views, backend="tiled", group=dist.group.WORLD, exchange=exchange
+        )
+        loss.backward()
+    return watch.elements
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_tiles_only(pool, exchange):
+    assert max(pool.run(largest_tensor, exchange)) <= 384 * 384
+
+
+# --- In training ---------------------------------------------------------------------------------
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.image, self.text = (
+            nn.Parameter(torch.randn(6, 5, generator=generator).double()) for _ in range(2)
+        )
+        self.log_scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return images @ self.image, texts @ self.text, self.log_scale.exp()
+
+
+def pairs(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images, texts = torch.randn(2, 24, 6, generator=generator).double()
+    return images, texts
+
+
+def train(exchange: str, road: str) -> list[Tensor]:
+    """Three steps of DistributedDataParallel, with shards of different sizes."""
+    model = nn.parallel.DistributedDataParallel(Towers())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for seed in range(3):
+        optimizer.zero_grad()
+        i, t, s = model(*(shard(x, [7, 4, 6, 2, 5]) for x in pairs(seed)))
+        e_it = i + t if road == "three views" else None
+        gcl_kernels.gcl_loss(i, t, e_it, s, group=dist.group.WORLD, exchange=exchange).backward()
+        optimizer.step()
+    return [p.detach() for p in model.module.parameters()]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("road", ["three views", "fused"])
+def test_data_parallel_training_is_training_on_the_whole_batch(pool, road, exchange):
+    model = Towers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for seed in range(3):
+        optimizer.zero_grad()
+        i, t, s = model(*pairs(seed))
+        dense_loss([i, t, i + t], s).backward()
+        optimizer.step()
+    for parameters in pool.run(train, exchange, road):
+        for result, expected in zip(parameters, model.parameters(), strict=True):
+            torch.testing.assert_close(result, expected.detach(), rtol=1e-12, atol=1e-13)
+
+
+def beside_open_clip(local_loss: bool) -> list[tuple[Tensor, Tensor]]:
+    """Loss and gradients here and in open_clip, averaged by DistributedDataParallel."""
+    import open_clip
+
+    from gcl_kernels.integrations import open_clip as integration
+
+    def unit(x: Tensor) -> Tensor:
+        return nn.functional.normalize(x, dim=-1)
+
+    given = (local_loss, True, False, dist.get_rank(), WORLD)
+    theirs = open_clip.ClipLoss(*given)
+    two_of_three = [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    adapter = integration.GCLLoss(*given, pair_weights=two_of_three, candidates=two_of_three)
+    world = dist.group.WORLD
+    losses = {
+        "open_clip": lambda i, t, s: theirs(unit(i), unit(t), s),
+        "clip_loss": lambda i, t, s: gcl_kernels.clip_loss(i, t, s, group=world),
+        "adapter": lambda i, t, s: adapter(unit(i), unit(t), s),
+    }
+    results = []
+    for loss in losses.values():
+        model = nn.parallel.DistributedDataParallel(Towers())
+        value = loss(*model(*(x.split(4)[dist.get_rank()] for x in pairs(0))))
+        value.backward()
+        mean = value.detach().clone()
+        dist.all_reduce(mean)
+        results.append([mean / WORLD, *(p.grad for p in model.parameters())])
+    return [pair for ours in results[1:] for pair in zip(ours, results[0], strict=True)]
+
+
+@pytest.mark.parametrize("local_loss", [True, False])
+def test_gradients_are_those_of_open_clip(pool, local_loss):
+    pytest.importorskip("open_clip")
+    for compared in pool.run(beside_open_clip, local_loss):
+        for ours, theirs in compared:
+            torch.testing.assert_close(ours, theirs)
+
+
+def compiled_step(fuses: bool) -> tuple[list[Tensor], list[Tensor]]:
+    pair = group_of((0, 1))
+    if dist.get_rank() > 1:
+        return [], []
+    views = [v.float().requires_grad_() for v in random_views(12, 8, dist.get_rank())]
+    scale = torch.tensor(20.0, requires_grad=True)
+
+    def loss(i: Tensor, t: Tensor, it: Tensor, s: Tensor) -> Tensor:
+        e_it = None if fuses else it
+        return gcl_kernels.gcl_loss(i, t, e_it, s, group=pair, exchange="ring")
+
+    inputs = (*views[: 2 if fuses else 3], scale)
+    runs = []
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        value = function(*views, scale)
+        runs.append([value.detach(), *torch.autograd.grad(value, inputs)])
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize("fuses", [False, True])
+def test_compiles(pool, fuses):
+    for eager, compiled in pool.run(compiled_step, fuses):
+        for expected, result in zip(eager, compiled, strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def without_grad() -> tuple[Tensor, Tensor]:
+    views = random_views(6, 8, dist.get_rank())
+    with torch.no_grad():
+        evaluated = gcl_kernels.gcl_loss(*views, group=dist.group.WORLD)
+    return evaluated, gcl_kernels.gcl_loss(*views, group=dist.group.WORLD)
+
+
+def test_no_grad(pool):
+    for evaluated, trained in pool.run(without_grad):
+        assert torch.equal(evaluated, trained)
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+def messages(case: str) -> list[str]:
+    """What a call that differs in rank 1 raises, and then what one that does not raises."""
+    odd = dist.get_rank() == 1
+    changes: dict[str, dict[str, Any]] = {
+        "dimension": {"dim": 5},
+        "compute_dtype": {"compute_dtype": torch.float64},
+        "candidates": {"candidates": [[False, True, True]] * 3},
+        "normalize": {"normalize": False},
+        "sample_ids": {"sample_ids": torch.arange(4)},
+        "exchange": {"exchange": "ring"},
+        "logit_scale": {"logit_scale": 21.0},
+        "gradients": {"grad": False},
+        "embeddings": {"fused": True},
+    }
+    found = []
+    for options in (changes[case] if odd else {}, {}):
+        options = dict(options)
+        views = [v.float() for v in random_views(4, options.pop("dim", 6))]
+        views = [v.requires_grad_(options.get("grad", True)) for v in views]
+        options.pop("grad", None)
+        options.setdefault("logit_scale", 20.0)
+        e_it = None if options.pop("fused", False) else views[2]
+        try:
+            loss = gcl_kernels.gcl_loss(*views[:2], e_it, group=dist.group.WORLD, **options)
+            loss.backward()
+            found.append("")
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "dimension",
+        "compute_dtype",
+        "candidates",
+        "normalize",
+        "sample_ids",
+        "exchange",
+        "logit_scale",
+        "gradients",
+        "embeddings",
+    ],
+)
+def test_different_calls_fail_in_every_process_and_the_next_succeeds(pool, case):
+    for rank, (error, after) in enumerate(pool.run(messages, case)):
+        assert error.startswith(f"ValueError: group: expected the same {case} in all processes")
+        assert f"rank {rank} has" in error
+        assert f"ranks {[1] if rank != 1 else [0, 2, 3, 4]} have another" in error
+        assert after == ""
+
+
+def group_errors() -> list[str]:
+    views = random_views(4, 6)
+    subgroup = group_of((0, 2))
+    found = []
+    for options in (
+        {"group": "world"},
+        {"group": dist.group.WORLD, "backend": "reference"},
+        {"group": subgroup} if dist.get_rank() == 1 else {"group": 7},
+        {"group": dist.group.WORLD, "exchange": "broadcast"},
+    ):
+        try:
+            gcl_kernels.gcl_loss(*views, **options)
+            found.append("")
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found
+
+
+def test_group_errors(pool):
+    for rank, found in enumerate(pool.run(group_errors)):
+        wrong, dense, outside, exchange = found
+        assert wrong == (
+            "TypeError: group: expected a torch.distributed process group "
+            "(torch.distributed.group.WORLD for all processes) or None, got str"
+        )
+        assert dense == (
+            "RuntimeError: backend: 'reference' is for one process, got a group of several"
+        )
+        if rank == 1:
+            assert outside == "ValueError: group: this process is not a member of it"
+        assert exchange == "ValueError: exchange: expected one of 'gather', 'ring', got 'broadcast'"
+
+
+# --- Benchmarks ----------------------------------------------------------------------------------
+
+
+def benchmarked(task: str) -> list[list[Tensor]]:
+    from benchmarks import processes
+
+    leaves = [
+        v.requires_grad_() for v in processes.random_shards(task, 40, 16, WORLD)[dist.get_rank()]
+    ]
+    scale = torch.tensor(20.0, requires_grad=True)
+    found = []
+    for loss in processes.losses(task).values():
+        value = loss(*leaves, scale)
+        found.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    return found
+
+
+@pytest.mark.parametrize("task", ["gcl", "fused", "clip"])
+def test_benchmarked_peers_agree(pool, task):
+    if task == "clip":
+        pytest.importorskip("open_clip")
+    for ours, *others in pool.run(benchmarked, task):
+        for other in others:
+            torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-6)
