@@ -67,9 +67,10 @@ def _group(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-def group_size(name: str) -> int:
-    """The number of processes that tell each other their sizes: 0 where there is no other."""
-    return _group(name).size() if name else 0
+def empty_sizes(name: str = WITHOUT_GROUP) -> Tensor:
+    """Memory for the numbers of samples of a group's processes; of none where there is no other."""
+    world = _group(name).size() if name else 0
+    return torch.empty(world, dtype=torch.int64, device="cpu")
 
 
 def _all_gather(everyone: Tensor, own: Tensor, group: Any, async_op: bool) -> Any:
@@ -115,17 +116,22 @@ def agree(name: str, terms: Terms, num_samples: int, scale: Tensor) -> Tensor:
     mine_and_scale = torch.cat([torch.tensor(mine, device=scale.device), bits])
     everyone = mine_and_scale.new_empty(group.size() * len(mine_and_scale))
     _all_gather(everyone, mine_and_scale, group, async_op=False)
-    rows = everyone.view(group.size(), -1).tolist()
-    own = rows[group.rank()]
-    for column, what in enumerate((*values, "logit_scale"), start=1):
-        others = [rank for rank, row in enumerate(rows) if row[column] != own[column]]
-        if others:
-            value = values.get(what, float(scale))
+    sizes, *same = everyone.view(group.size(), -1).cpu().unbind(1)
+    differs = {
+        what: column != column[group.rank()] for what, column in zip(values, same, strict=False)
+    }
+    scales = same[-1].to(torch.int32).view(torch.float32)
+    own_scale = scales[group.rank()]
+    # The last bit of an exponential may be another on another chip.
+    differs["logit_scale"] = ~scales.isclose(own_scale, rtol=1e-5, atol=0, equal_nan=True)
+    for what, elsewhere in differs.items():
+        ranks = elsewhere.nonzero().flatten().tolist()
+        if ranks:
             raise ValueError(
                 f"group: expected the same {what} in all processes; rank {group.rank()} has "
-                f"{value!r}, ranks {others} have another"
+                f"{values.get(what, own_scale.item())!r}, ranks {ranks} have another"
             )
-    return torch.tensor([row[0] for row in rows])
+    return sizes.clone()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from gcl_kernels.distributed import (
     PerSample,
     Terms,
     agree,
-    group_size,
+    empty_sizes,
     resolve_group,
 )
 from gcl_kernels.embeddings import ABSENT
@@ -119,7 +119,7 @@ def _forward(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
     kept = _empty_kept(backend, geometry, scale, needs_grad)
-    sizes, others = torch.empty(0, dtype=torch.int64), None
+    sizes, others = empty_sizes(), None
     if group:
         terms = Terms(
             embeddings="views as given",
@@ -413,7 +413,7 @@ def _forward_fake(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     kept = _empty_kept(backend, geometry, scale, needs_grad)
     norm = scale.new_empty((num_views, num_samples) if normalize else 0)
-    sizes = torch.empty(group_size(group), dtype=torch.int64)
+    sizes = empty_sizes(group)
     return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept, sizes
 
 

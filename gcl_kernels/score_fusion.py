@@ -43,7 +43,7 @@ from gcl_kernels.distributed import (
     PerSample,
     Terms,
     agree,
-    group_size,
+    empty_sizes,
 )
 from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
@@ -138,7 +138,7 @@ def _forward(
     )
     plan = _plan(backend, z, len(bases))
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
-    sizes, others = torch.empty(0, dtype=torch.int64), None
+    sizes, others = empty_sizes(), None
     if group:
         terms = Terms(
             embeddings=f"views made of two embeddings by {problem.bases}",
@@ -444,7 +444,7 @@ def _forward_fake(
         scale.new_empty(num_views, 2, num_samples),
         scale.new_empty(2, 2, num_samples),
         _empty_kept(backend, z, scale, num_views, needs_grad),
-        torch.empty(group_size(group), dtype=torch.int64),
+        empty_sizes(group),
     )
 
 

@@ -607,6 +607,22 @@ def test_different_calls_fail_in_every_process_and_the_next_succeeds(pool, case)
         assert after == ""
 
 
+def at_scales(scale: float) -> list[float]:
+    """Losses where processes' scales differ in the last bits."""
+    views, scale = random_views(4, 6), scale * (1 + 1e-7 * dist.get_rank())
+    return [
+        gcl_kernels.gcl_loss(*views, torch.tensor(scale), group=dist.group.WORLD).item()
+        for _ in range(2)
+    ]
+
+
+def test_scales_of_different_last_bits(pool):
+    for losses in pool.run(at_scales, 20.0):
+        assert losses[0] == losses[1] > 0
+    for losses in pool.run(at_scales, torch.nan):
+        assert all(loss != loss for loss in losses)
+
+
 def group_errors() -> list[str]:
     views = random_views(4, 6)
     subgroup = group_of((0, 2))
