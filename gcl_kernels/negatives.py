@@ -431,8 +431,8 @@ refuse_double_backward("neg_lse_backward")
 
 
 class NegLSE(torch.autograd.Function):
-    """(static arguments, sample_ids, scale, *views) -> (neg_lse [V, N], own_logits [V, V, N],
-    sizes [W])."""
+    """(static arguments, sample_ids, scale, *views) -> (neg_lse [V, N], own_logits [V, V, N]), and
+    of a group sizes [W]."""
 
     @staticmethod
     def forward(
@@ -449,7 +449,7 @@ class NegLSE(torch.autograd.Function):
         sample_ids: Tensor | None,
         scale: Tensor,
         *views: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         operator = torch.ops.gcl_kernels.neg_lse
         if unwatched(scale, sample_ids, *views):
             operator = _forward
@@ -472,11 +472,12 @@ class NegLSE(torch.autograd.Function):
         )
         ctx.static = (candidates, normalize, max_scale, backend, group, exchange)
         ctx.kept_for = needs_grad
-        return neg_lse, own_logits, sizes
+        # Without a group there are none, and an output costs some microseconds.
+        return (neg_lse, own_logits, sizes) if group else (neg_lse, own_logits)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, grad_sizes: None
+        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_sizes: Tensor
     ) -> tuple[Tensor | None, ...]:
         sample_ids, scale, z, norm, inverse, own, kept, sizes, neg_lse, *views = ctx.saved_tensors
         needs_grad = [*ctx.needs_input_grad[11:], ctx.needs_input_grad[10]]
@@ -523,7 +524,7 @@ def negatives(
         absent = [[(min(a, b), max(a, b)) not in own_pairs for b in views_of] for a in views_of]
         mask = torch.tensor(absent, device=own_logits.device).unsqueeze(-1)
         return neg_lse, own_logits.masked_fill(mask, ABSENT), None
-    neg_lse, own_logits, sizes = NegLSE.apply(
+    neg_lse, own_logits, *sizes = NegLSE.apply(
         [entry for row in spec.candidates for entry in row],
         [index for pair in own_pairs for index in pair],
         spec.normalize,
@@ -537,7 +538,7 @@ def negatives(
         scale,
         *views,
     )
-    return neg_lse, own_logits, sizes if spec.group else None
+    return neg_lse, own_logits, sizes[0] if sizes else None
 
 
 def neg_lse(

@@ -463,7 +463,7 @@ def _backward_fake(
 
 
 class FusedNegLSE(torch.autograd.Function):
-    """(static arguments, sample_ids, e_0, e_1, mixing, scale) -> (neg_lse, own_logits, sizes)."""
+    """(static arguments, sample_ids, e_0, e_1, mixing, scale) -> as ``NegLSE``."""
 
     @staticmethod
     def forward(
@@ -480,7 +480,7 @@ class FusedNegLSE(torch.autograd.Function):
         needs_grad: list[bool],
         sample_ids: Tensor | None,
         *inputs: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         operator = torch.ops.gcl_kernels.fused_neg_lse
         if unwatched(sample_ids, *inputs):
             operator = _forward
@@ -500,11 +500,12 @@ class FusedNegLSE(torch.autograd.Function):
         )
         ctx.save_for_backward(*inputs, sample_ids, *saved, sizes, neg_lse)
         ctx.static = (candidates, bases, normalize, max_scale, backend, group, exchange)
-        return neg_lse, own_logits, sizes
+        # Without a group there are none, and an output costs some microseconds.
+        return (neg_lse, own_logits, sizes) if group else (neg_lse, own_logits)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, grad_sizes: None
+        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_sizes: Tensor
     ) -> tuple[Tensor | None, ...]:
         *inputs, sample_ids, z, inverse, lengths, coefficients, dots, kept, sizes, neg_lse = (
             ctx.saved_tensors
@@ -552,7 +553,7 @@ def fused_negatives(
         mixing: [V, 2] in the accumulation dtype, with gradient where it is no constant.
         bases: for each view the base that it is, its row of ``mixing`` being one and zero, or None.
     """
-    neg_lse, own_logits, sizes = FusedNegLSE.apply(
+    neg_lse, own_logits, *sizes = FusedNegLSE.apply(
         [entry for row in spec.candidates for entry in row],
         [index for pair in own_pairs for index in pair],
         [-1 if base is None else base for base in bases],
@@ -569,4 +570,4 @@ def fused_negatives(
         mixing,
         scale,
     )
-    return neg_lse, own_logits, sizes if spec.group else None
+    return neg_lse, own_logits, sizes[0] if sizes else None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,23 @@ def run_blocks(page: str) -> dict:
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs(page):
     assert run_blocks(page)
+
+
+def test_training_in_two_processes_runs(tmp_path):
+    page = (ROOT / "docs/distributed.md").read_text()
+    script = tmp_path / "train.py"
+    script.write_text(re.findall(r"```python\n(.*?)```", page, re.S)[0])
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    # log(3 * 256 - 1) is the loss of a model that tells nothing apart.
+    assert float(done.stdout.removeprefix("tensor(").rstrip(")\n")) < 2
 
 
 def test_links_lead_somewhere():
