@@ -38,6 +38,8 @@ OURS, RING, DENSE, ALONE = "gcl_kernels", "around a ring", "dense, gathered", "o
 
 def gathered_gcl(e_i: Tensor, e_t: Tensor, e_it: Tensor, scale: Tensor) -> Tensor:
     """This process's rows of the dense matrix against all processes' embeddings."""
+    # Newer versions of PyTorch warn of this name; open_clip uses it, too.
+    warnings.simplefilter("ignore", FutureWarning)
     from torch.distributed.nn.functional import all_gather
 
     n, world, rank = e_i.shape[0], dist.get_world_size(), dist.get_rank()
@@ -82,7 +84,6 @@ def random_shards(task: str, n: int, d: int, world: int) -> list[list[Tensor]]:
 
 def _serve(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)  # of names that open_clip, too, uses
     dist.init_process_group("gloo", init_method=f"file://{folder}/s", rank=rank, world_size=world)
     rows = []
     for task, n, d in SIZES:

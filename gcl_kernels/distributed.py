@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gcl_kernels.blocks import Samples
+from gcl_kernels.blocks import Block, Samples
+from gcl_kernels.problem import FusedProblem, Problem, neg_lse_by_blocks
 from gcl_kernels.spec import BoolTable, check_choice
 
 EXCHANGES = ("gather", "ring")
@@ -38,24 +39,43 @@ WITHOUT_GROUP = ""
 """The group's name where there is no other process: operators take strings."""
 
 
-def resolve_group(group: Any, exchange: str, backend: str) -> str:
-    """The name of a process group, ``WITHOUT_GROUP`` for None and for a group of one.
+def check_group(group: Any, exchange: str) -> None:
+    """Raise unless ``group`` may be given to a loss, as far as can be said before a call.
 
     Raises:
-        TypeError, ValueError: ``group`` is no process group, or this process is not in it; an
-            unknown ``exchange``.
-        RuntimeError: the backend is dense and knows one process only.
+        TypeError, ValueError: ``group`` is neither None, ``"world"`` nor a process group, or this
+            process is not in it; an unknown ``exchange``.
     """
     check_choice("exchange", exchange, EXCHANGES)
-    if group is None:
-        return WITHOUT_GROUP
+    if group is None or (isinstance(group, str) and group == "world"):
+        return
     if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group: this process is not a member of it")
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            "group: expected a torch.distributed process group (torch.distributed.group.WORLD for "
-            f"all processes) or None, got {type(group).__name__}"
+            "group: expected 'world', a torch.distributed process group (of a DeviceMesh: "
+            f"mesh.get_group()) or None, got {group!r}"
         )
+
+
+def resolve_group(group: Any, exchange: str, backend: str) -> str:
+    """The name of a process group, ``WITHOUT_GROUP`` for None and for a group of one.
+
+    Raises:
+        TypeError, ValueError: as from :func:`check_group`.
+        RuntimeError: ``"world"`` where ``torch.distributed`` is not initialised; a group of several
+            for the dense backend, which knows one process only.
+    """
+    check_group(group, exchange)
+    if group is None:
+        return WITHOUT_GROUP
+    if isinstance(group, str):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "group: 'world' needs torch.distributed, which is not initialised "
+                "(torch.distributed.init_process_group)"
+            )
+        group = dist.group.WORLD
     if group.size() == 1:
         return WITHOUT_GROUP
     if backend == "reference":
@@ -81,55 +101,75 @@ def _all_gather(everyone: Tensor, own: Tensor, group: Any, async_op: bool) -> An
 
 @dataclass(frozen=True)
 class Terms:
-    """What the calls of all processes must have in common; named as users know it."""
+    """What the calls of all processes must have in common; named as users know it.
 
-    embeddings: str
-    views: int
+    Attributes:
+        views: how many there are, and of what they are made.
+        gradients: which inputs need one.
+    """
+
+    views: str
     dimension: int
     compute_dtype: torch.dtype
     candidates: BoolTable
     normalize: bool
     sample_ids: bool
-    gradients: tuple[bool, ...]
+    gradients: str
     exchange: str
 
 
-def agree(name: str, terms: Terms, num_samples: int, scale: Tensor) -> Tensor:
+def _host_device(group: Any, device: torch.device) -> torch.device:
+    """Where what the host will read is gathered: on a CPU, without waiting for the work of another
+    device, if the group can (``"cpu:gloo,cuda:nccl"``, PyTorch's default)."""
+    has_cpu = any(of.startswith("cpu:") for of in dist.get_backend_config(group).split(","))
+    return torch.device("cpu") if has_cpu else device
+
+
+def agree(name: str, terms: Terms, num_samples: int, max_scale: float | None, z: Tensor) -> Tensor:
     """``N_r`` of every process of the group, int64 [W] on the CPU.
 
     One small all-gather, which the host waits for: a difference found here is an error in every
     process, where the transfers that follow would hang or mix up memory.
 
+    Args:
+        max_scale: the logit scale where the host knows it; compared among those that do.
+        z: on the device of the embeddings.
+
     Raises:
         ValueError: the processes' terms or scales differ.
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: a CUDA graph is being captured, and the group has no backend for the CPU.
     """
-    if scale.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "group: many processes compare the shapes of their inputs on the host, which a CUDA "
-            "graph cannot capture"
-        )
     group = _group(name)
+    device = _host_device(group, z.device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "group: processes compare what they were given on the host; in a CUDA graph that needs "
+            "a group with a backend for the CPU, such as 'cpu:gloo,cuda:nccl', got "
+            f"{dist.get_backend_config(group)!r}"
+        )
     values = {field.name: getattr(terms, field.name) for field in fields(terms)}
-    mine = [num_samples, *(zlib.crc32(repr(value).encode()) for value in values.values())]
-    bits = scale.detach().to(torch.float32).view(torch.int32).to(torch.int64).view(1)
-    mine_and_scale = torch.cat([torch.tensor(mine, device=scale.device), bits])
-    everyone = mine_and_scale.new_empty(group.size() * len(mine_and_scale))
-    _all_gather(everyone, mine_and_scale, group, async_op=False)
-    sizes, *same = everyone.view(group.size(), -1).cpu().unbind(1)
+    checksums = [zlib.crc32(repr(value).encode()) for value in values.values()]
+    known = torch.nan if max_scale is None else max_scale
+    bits = torch.tensor(known, dtype=torch.float32, device="cpu").view(torch.int32).item()
+    mine = torch.tensor([num_samples, *checksums, bits], device=device)
+    everyone = mine.new_empty(group.size() * len(mine))
+    _all_gather(everyone, mine, group, async_op=False)
+    sizes, *same, scales = everyone.view(group.size(), -1).cpu().unbind(1)
     differs = {
-        what: column != column[group.rank()] for what, column in zip(values, same, strict=False)
+        what: column != column[group.rank()] for what, column in zip(values, same, strict=True)
     }
-    scales = same[-1].to(torch.int32).view(torch.float32)
-    own_scale = scales[group.rank()]
-    # The last bit of an exponential may be another on another chip.
-    differs["logit_scale"] = ~scales.isclose(own_scale, rtol=1e-5, atol=0, equal_nan=True)
+    scales = scales.to(torch.int32).view(torch.float32)
+    # The last bit of an exponential may be another on another chip. All come to one verdict, from
+    # the largest and the smallest; unknown ones are NaN.
+    spread = scales.nan_to_num(-torch.inf).amax() - scales.nan_to_num(torch.inf).amin()
+    if spread > 1e-5 * scales.nan_to_num(0).abs().amax():
+        differs["logit_scale"] = scales != scales[group.rank()]
     for what, elsewhere in differs.items():
         ranks = elsewhere.nonzero().flatten().tolist()
         if ranks:
             raise ValueError(
                 f"group: expected the same {what} in all processes; rank {group.rank()} has "
-                f"{values.get(what, own_scale.item())!r}, ranks {ranks} have another"
+                f"{values.get(what, max_scale)!r}, ranks {ranks} have another"
             )
     return sizes.clone()
 
@@ -178,6 +218,35 @@ def meetings(rank: int, sizes: Sequence[int]) -> list[Meeting]:
     return found
 
 
+_FIRST_TAG = 0x6C6B
+"""Of the messages of an exchange: gloo tells them by it from a trainer's own."""
+
+
+class _Transfer:
+    """Messages on their way between two processes each, and the tensors that they read and write.
+
+    Args:
+        messages: what is sent, to whom, into what is received, from whom; by rank.
+    """
+
+    def __init__(self, group: Any, messages: Sequence[tuple[Tensor, int, Tensor, int]]) -> None:
+        self._messages, calls = messages, []
+        for tag, (sent, to, received, source) in enumerate(messages, _FIRST_TAG):
+            calls += [
+                dist.P2POp(dist.isend, sent, group=group, tag=tag, group_peer=to),
+                dist.P2POp(dist.irecv, received, group=group, tag=tag, group_peer=source),
+            ]
+        self._requests = dist.batch_isend_irecv(calls)
+
+    def wait(self) -> list[Tensor]:
+        """What was received, in order. The transfer lets go of all tensors."""
+        for request in self._requests:
+            request.wait()
+        received = [message[2] for message in self._messages]
+        self._messages, self._requests = [], []
+        return received
+
+
 class Exchange:
     """The transfers of one pass. The first starts with the construction.
 
@@ -191,7 +260,8 @@ class Exchange:
     def __init__(self, name: str, exchange: str, sizes: Tensor, own: Sequence[PerSample]) -> None:
         self._group, self._sizes, self._own = _group(name), sizes.tolist(), own
         self._rank: int = self._group.rank()
-        self._returning: list[tuple[list[list[Tensor]], list[Any], list[Any]]] = []
+        self._returning: _Transfer | None = None
+        self._num_parts = 0
         start = {"gather": self._start_gather, "ring": self._start_ring}[exchange]
         self._shards = start(meetings(self._rank, self._sizes))
 
@@ -202,43 +272,38 @@ class Exchange:
 
         Args:
             compute: takes a meeting and what its ranks gave, along the same dimensions as one's
-                own; returns what their samples get of it.
+                own; returns what their samples get of it, which may be nothing.
         """
+        # No name here may keep a shard longer than it is used: they are what takes memory.
         for meeting, given in self._shards:
             parts = compute(meeting, given)
+            del given
             # They had the time of this meeting to come back.
             yield from self._returned()
             self._give_back(meeting, parts)
+            del parts
         yield from self._returned()
 
-    def _send_and_receive(
-        self, tag: int, sent: Tensor, to: int, received: Tensor, source: int
-    ) -> list[Any]:
-        return [
-            dist.P2POp(dist.isend, sent, group=self._group, tag=tag, group_peer=to),
-            dist.P2POp(dist.irecv, received, group=self._group, tag=tag, group_peer=source),
-        ]
-
     def _give_back(self, meeting: Meeting, parts: Sequence[PerSample]) -> None:
+        if not parts:
+            return
         world, lengths = len(self._sizes), [self._sizes[rank] for rank in meeting.ranks]
         splits = [part.tensor.split(lengths, part.dim) for part in parts]
-        coming, calls = [], []
+        messages = []
         for k, rank in enumerate(meeting.ranks):
             opposite = (2 * self._rank - rank) % world  # it meets this process's rows
-            received = []
-            for tag, (part, split) in enumerate(zip(parts, splits, strict=True), len(self._own)):
+            for part, split in zip(parts, splits, strict=True):
                 own = part.tensor.new_empty(part.shape_of(self._sizes[self._rank]))
-                calls += self._send_and_receive(tag, split[k].contiguous(), rank, own, opposite)
-                received.append(own)
-            coming.append(received)
-        self._returning.append((coming, calls, dist.batch_isend_irecv(calls)))
+                messages.append((split[k].contiguous(), rank, own, opposite))
+        self._returning = _Transfer(self._group, messages)
+        self._num_parts = len(parts)
 
     def _returned(self) -> Iterator[list[Tensor]]:
-        for coming, _, requests in self._returning:
-            for request in requests:
-                request.wait()
-            yield from coming
-        self._returning.clear()
+        if self._returning is None:
+            return
+        tensors, self._returning = self._returning.wait(), None
+        while tensors:
+            yield [tensors.pop(0) for _ in range(self._num_parts)]
 
     def _start_gather(self, pairs: Sequence[Meeting]) -> Iterator[tuple[Meeting, list[Tensor]]]:
         # A collective wants equal lengths: shorter shards are padded.
@@ -275,33 +340,53 @@ class Exchange:
                     total = sum(pair.cols.total for pair in together)
                     cols = Samples(0, total, total)
                 yield Meeting(ranks, together[0].rows, cols), given
+                del given
 
         return pieces()
 
     def _start_ring(self, pairs: Sequence[Meeting]) -> Iterator[tuple[Meeting, list[Tensor]]]:
-        world = len(self._sizes)
+        after, before = ((self._rank + step) % len(self._sizes) for step in (1, -1))
 
-        def start(pair: Meeting, held: list[Tensor]) -> tuple[list[Tensor], list[Any], list[Any]]:
+        def start(pair: Meeting, held: list[Tensor]) -> _Transfer:
             """Pass ``held`` on, and take what the process before holds."""
             num_samples = self._sizes[pair.ranks[0]]
-            coming = [part.tensor.new_empty(part.shape_of(num_samples)) for part in self._own]
-            calls = []
-            for tag, (sent, received) in enumerate(zip(held, coming, strict=True)):
-                calls += self._send_and_receive(
-                    tag, sent, (self._rank + 1) % world, received, (self._rank - 1) % world
-                )
-            return coming, calls, dist.batch_isend_irecv(calls)
+            return _Transfer(
+                self._group,
+                [
+                    (sent, after, sent.new_empty(part.shape_of(num_samples)), before)
+                    for part, sent in zip(self._own, held, strict=True)
+                ],
+            )
 
-        first = start(pairs[0], [part.tensor for part in self._own])
-
-        def pieces() -> Iterator[tuple[Meeting, list[Tensor]]]:
-            coming, calls, requests = first
+        def pieces(transfer: _Transfer) -> Iterator[tuple[Meeting, list[Tensor]]]:
             for k, pair in enumerate(pairs):
-                for request in requests:
-                    request.wait()
-                held = coming
+                held = transfer.wait()
                 if k + 1 < len(pairs):
-                    coming, calls, requests = start(pairs[k + 1], held)
+                    transfer = start(pairs[k + 1], held)
                 yield pair, held
 
-        return pieces()
+        return pieces(start(pairs[0], [part.tensor for part in self._own]))
+
+
+def neg_lse_with_others(
+    others: Exchange,
+    neg_lse: Tensor,
+    block_stats: Callable[..., None],
+    rectangle: Callable[[Meeting, list[Tensor]], tuple[Problem | FusedProblem, tuple[Block, ...]]],
+) -> Tensor:
+    """``neg_lse`` [V, N] of this process's samples with all others' among the candidates.
+
+    Args:
+        rectangle: the problem and the blocks of a meeting, from what was given.
+    """
+
+    def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
+        nonlocal neg_lse
+        problem, plan = rectangle(meeting, given)
+        of_rows, of_cols = neg_lse_by_blocks(block_stats, problem, plan, neg_lse.new_empty(0))
+        neg_lse = torch.logaddexp(neg_lse, of_rows.view(neg_lse.shape))
+        return [PerSample(of_cols.view(len(neg_lse), -1), 1)]
+
+    for (returned,) in others.meet(meet):
+        neg_lse = torch.logaddexp(neg_lse, returned)
+    return neg_lse

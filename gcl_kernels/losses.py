@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gcl_kernels.distributed import check_group
 from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.negatives import negatives, prepare
 from gcl_kernels.score_fusion import fused_negatives
@@ -313,14 +314,16 @@ def gcl_loss(
         other_positives: ``"compete"``: a denominator holds all other views of the anchor's sample
             that are candidates; ``"exclude"``: only the pair's own positive.
         fusion_weights: two finite numbers or tensors of shape [] or [1] (with gradient).
-        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for N losses, whose mean is the mean.
+        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for N losses, whose mean is the mean (of a
+            ``group``, that of all processes' losses).
         compute_dtype: dtype of the matrix products. Default: autocast's where enabled, else the
             inputs' common dtype. Half types are used on CUDA devices; elsewhere they compute in
             float32.
         backend: ``"auto"`` or a name of :func:`gcl_kernels.backends`.
-        group: the processes that share the batch, ``torch.distributed.group.WORLD`` or a subgroup;
-            each gives its own samples, N may differ. All of them must call, and go backward,
-            together. Default: this process's samples are the batch.
+        group: the processes that share the batch: ``"world"`` for all, or a ``torch.distributed``
+            process group. Each gives its own samples, at least one; N may differ. All of them must
+            call, and go backward, together. Default: None, this process's samples are the batch,
+            whether ``torch.distributed`` is initialised or not.
         exchange: of a ``group``: ``"gather"`` holds the embeddings of all processes during a pass,
             ``"ring"`` those of two.
 
@@ -333,7 +336,10 @@ def gcl_loss(
 
     Raises:
         ValueError, TypeError: malformed arguments; the message names argument, expected and got.
-        RuntimeError: a backend asked for by name is not available here, or serves no ``group``.
+        ValueError: the processes of a ``group`` differ in what they must have in common; raised in
+            all of them.
+        RuntimeError: a backend asked for by name is not available here, or serves no ``group``;
+            ``group="world"`` without ``torch.distributed``.
         NotImplementedError: on differentiating the gradient (``backend="reference"`` can).
     """
     spec = make_loss_spec(
@@ -447,7 +453,8 @@ class GCLLoss(nn.Module):
             ``log(1 / temperature)`` and used as its exponential, at most ``max_logit_scale``
             (CLIP's convention).
         max_logit_scale: upper bound of the learnable scale, default 100.
-        Others: as for :func:`gcl_loss`; checked here, once.
+        Others: as for :func:`gcl_loss`; checked here, once. A module with ``group="world"`` can be
+            copied and pickled, one with a process group cannot.
 
     Raises:
         ValueError, TypeError: malformed arguments.
@@ -484,6 +491,7 @@ class GCLLoss(nn.Module):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a finite number > 0, got {value}")
         _check_fusion_weights(fusion_weights)
+        check_group(group, exchange)
         self.temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
         self.max_logit_scale = max_logit_scale
         self.normalize = normalize

@@ -14,13 +14,14 @@ autograd takes 6. The block functions belong to the backends; the loop, the oper
 along because they come from the same unrounded unit vectors.
 
 Of many processes (``distributed``) each treats its own embeddings so, and then, as rows, meets some
-of the others' as columns; the operations of all together are no more than one process's.
+of the others' as columns: together 4 M^2 D for the M embeddings of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from gcl_kernels.distributed import (
     Terms,
     agree,
     empty_sizes,
+    neg_lse_with_others,
     resolve_group,
 )
 from gcl_kernels.embeddings import ABSENT
@@ -122,17 +124,16 @@ def _forward(
     sizes, others = empty_sizes(), None
     if group:
         terms = Terms(
-            embeddings="views as given",
-            views=num_views,
+            views=f"{num_views} as given",
             dimension=z.shape[2],
             compute_dtype=compute_dtype,
             candidates=geometry[1],
             normalize=normalize,
             sample_ids=sample_ids is not None,
-            gradients=tuple(needs_grad),
+            gradients=f"of views {needs_grad[:-1]}, of logit_scale {needs_grad[-1]}",
             exchange=exchange,
         )
-        sizes = agree(group, terms, num_samples, scale)
+        sizes = agree(group, terms, num_samples, problem.max_scale, z)
         others = Exchange(group, exchange, sizes, _shard(z, sample_ids))
     block_stats = BACKENDS[backend].module.block_stats
     neg_lse = BACKENDS[backend].statistics(problem, plan, kept)
@@ -140,7 +141,8 @@ def _forward(
         neg_lse, _ = neg_lse_by_blocks(block_stats, problem, plan, kept)
     neg_lse = neg_lse.view(num_views, num_samples)
     if others is not None:
-        neg_lse = _with_others(others, block_stats, problem, geometry, neg_lse)
+        rectangle = partial(_rectangle, problem, geometry)
+        neg_lse = neg_lse_with_others(others, neg_lse, block_stats, rectangle)
     return neg_lse, own_logits, z, norm, inverse, own, kept, sizes
 
 
@@ -150,34 +152,17 @@ def _shard(z: Tensor, sample_ids: Tensor | None) -> list[PerSample]:
     return [PerSample(z, 1), *ids]
 
 
-def _rectangle(problem: Problem, z: Tensor, ids: Sequence[Tensor]) -> Problem:
-    """The problem's rows against other processes' embeddings [V, K, D], and their ids if given."""
-    cols = ids[0].repeat(z.shape[0]) if ids else None
-    return replace(problem, z_cols=z.flatten(0, 1), ids_cols=cols)
-
-
-def _with_others(
-    others: Exchange,
-    block_stats: Callable[..., None],
+def _rectangle(
     problem: Problem,
     geometry: tuple[int, BoolTable, int, bool],
-    neg_lse: Tensor,
-) -> Tensor:
-    """``neg_lse`` [V, N] of this process's samples with all others' among the candidates."""
-
-    def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
-        nonlocal neg_lse
-        z, *ids = given
-        plan = plan_rectangle(meeting.rows, meeting.cols, *geometry[1:])
-        of_rows, of_cols = neg_lse_by_blocks(
-            block_stats, _rectangle(problem, z, ids), plan, neg_lse.new_empty(0)
-        )
-        neg_lse = torch.logaddexp(neg_lse, of_rows.view(neg_lse.shape))
-        return [PerSample(of_cols.view(z.shape[:2]), 1)]
-
-    for (returned,) in others.meet(meet):
-        neg_lse = torch.logaddexp(neg_lse, returned)
-    return neg_lse
+    meeting: Meeting,
+    given: Sequence[Tensor],
+) -> tuple[Problem, tuple[Block, ...]]:
+    """The problem's rows against what other processes gave of theirs, and its blocks."""
+    z, *ids = given
+    cols = ids[0].repeat(len(z)) if ids else None
+    plan = plan_rectangle(meeting.rows, meeting.cols, *geometry[1:])
+    return replace(problem, z_cols=z.flatten(0, 1), ids_cols=cols), plan
 
 
 @dataclass(frozen=True)
@@ -291,32 +276,32 @@ def _add_gradient_of_others(
         The share of ``dL/ds`` that half of ``<z, H z>`` leaves out.
     """
     grad_scale = problem.scale.new_zeros(())
+    needed = [v for v, needs in enumerate(needs_grad[:-1]) if needs]
 
     def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
-        lines_other, z, *ids = given
+        lines_other, *shard = given
+        rectangle, plan = _rectangle(problem, geometry, meeting, shard)
         lse, grad = zip(lines.flatten(1), lines_other.flatten(1), strict=True)
-        hz_other = torch.zeros_like(z, dtype=hz.dtype)
+        hz_other = torch.zeros_like(shard[0], dtype=hz.dtype)
         hz_own = hz
         unit = weight_unit(torch.cat(grad), problem.compute_dtype)
         if unit is not None:
             grad, hz_own = tuple(of_side / unit for of_side in grad), torch.zeros_like(hz)
-        part = _add_matrix_gradient(
-            backend,
-            _rectangle(problem, z, ids),
-            plan_rectangle(meeting.rows, meeting.cols, *geometry[1:]),
-            None,
-            _Sides(lse, grad, (hz_own.flatten(0, 1), hz_other.flatten(0, 1))),
-            needs_grad,
-        )
+        sides = _Sides(lse, grad, (hz_own.flatten(0, 1), hz_other.flatten(0, 1)))
+        part = _add_matrix_gradient(backend, rectangle, plan, None, sides, needs_grad)
         if unit is not None:
             hz.addcmul_(hz_own, unit)
             hz_other.mul_(unit)
             part.mul_(unit)
         grad_scale.add_(part)
-        return [PerSample(hz_other, 1)]
+        if not needed:
+            return []
+        return [PerSample(hz_other if len(needed) == len(hz) else hz_other[needed], 1)]
 
     for (returned,) in others.meet(meet):
-        hz.add_(returned)
+        for v, of_view in zip(needed, returned, strict=True):
+            hz[v] += of_view
+        del returned, of_view  # before the next one comes
     return grad_scale
 
 

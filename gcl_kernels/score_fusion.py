@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from gcl_kernels.distributed import (
     Terms,
     agree,
     empty_sizes,
+    neg_lse_with_others,
 )
 from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
@@ -141,24 +143,26 @@ def _forward(
     sizes, others = empty_sizes(), None
     if group:
         terms = Terms(
-            embeddings=f"views made of two embeddings by {problem.bases}",
-            views=len(bases),
+            views=f"{len(bases)} made of two by {problem.bases}",
             dimension=z.shape[2],
             compute_dtype=compute_dtype,
             candidates=problem.candidates,
             normalize=normalize,
             sample_ids=sample_ids is not None,
-            gradients=tuple(needs_grad),
+            gradients="of e_i {}, of e_t {}, of fusion_weights {}, of logit_scale {}".format(
+                *needs_grad
+            ),
             exchange=exchange,
         )
-        sizes = agree(group, terms, z.shape[1], scale)
+        sizes = agree(group, terms, z.shape[1], problem.max_scale, z)
         others = Exchange(group, exchange, sizes, _shard(problem))
+    block_stats = BACKENDS[backend].module.fused_block_stats
     neg_lse = BACKENDS[backend].fused_statistics(problem, plan, kept)
     if neg_lse is None:
-        block_stats = BACKENDS[backend].module.fused_block_stats
         neg_lse, _ = neg_lse_by_blocks(block_stats, problem, plan, kept, (2, 2))
     if others is not None:
-        neg_lse = _with_others(others, backend, problem, neg_lse)
+        rectangle = partial(_rectangle, backend, problem)
+        neg_lse = neg_lse_with_others(others, neg_lse, block_stats, rectangle)
     own_logits = mark_absent_(_similarities(coefficients, dots)[1] * scale, unflatten(own_pairs, 2))
     return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept, sizes
 
@@ -185,23 +189,6 @@ def _rectangle(
         ),
         plan_rectangle(meeting.rows, meeting.cols, _ONE_SEGMENT, block_rows),
     )
-
-
-def _with_others(others: Exchange, backend: str, problem: FusedProblem, neg_lse: Tensor) -> Tensor:
-    """``neg_lse`` [V, N] of this process's samples with all others' among the candidates."""
-
-    def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
-        nonlocal neg_lse
-        rectangle, plan = _rectangle(backend, problem, meeting, given)
-        of_rows, of_cols = neg_lse_by_blocks(
-            BACKENDS[backend].module.fused_block_stats, rectangle, plan, neg_lse.new_empty(0)
-        )
-        neg_lse = torch.logaddexp(neg_lse, of_rows)
-        return [PerSample(of_cols, 1)]
-
-    for (returned,) in others.meet(meet):
-        neg_lse = torch.logaddexp(neg_lse, returned)
-    return neg_lse
 
 
 @dataclass(frozen=True)
@@ -294,6 +281,8 @@ def _add_gradient_of_others(
         lines: ``neg_lse``, :func:`subtractable`, and its gradient, [2, V, N].
     """
 
+    needed = [b for b in range(2) if needs_base[b]]
+
     def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
         lines_other, *shard = given
         rectangle, plan = _rectangle(backend, problem, meeting, shard)
@@ -314,11 +303,13 @@ def _add_gradient_of_others(
             inner.addcmul_(of_own[1], unit)
             for part in of_others:
                 part.mul_(unit)
-        return [PerSample(of_others[0], 1), PerSample(of_others[1], 2)]
+        r_others = [PerSample(of_others[0][b], 0) for b in needed]
+        return [PerSample(of_others[1], 2), *r_others]
 
-    for returned_r, returned_inner in others.meet(meet):
-        r.add_(returned_r)
+    for returned_inner, *returned in others.meet(meet):
         inner.add_(returned_inner)
+        for b in needed:
+            r[b] += returned.pop(0)
 
 
 def _backward(

@@ -1,4 +1,5 @@
-"""What is computed: one frozen :class:`LossSpec`, and every argument check.
+"""What is computed: one frozen :class:`LossSpec`, and every argument check but those of process
+groups (``distributed``).
 
 Kernels and backends trust a spec; nothing below this module validates again. All checks look at
 types, shapes, dtypes and devices only, never at tensor values, so that they neither synchronise a

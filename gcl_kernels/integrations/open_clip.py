@@ -121,7 +121,7 @@ class GCLLoss(nn.Module):
             fusion_weights=fusion_weights,
             compute_dtype=compute_dtype,
             backend=backend,
-            group=torch.distributed.group.WORLD if processes > 1 else None,
+            group="world" if processes > 1 else None,
             exchange=exchange,
         )
 
