@@ -201,9 +201,9 @@ def plan_rectangle(
     Args:
         candidates, block_rows, per_view: as for :func:`plan_blocks`.
     """
-    cuts = []
     if rows.start == rows.stop or cols.start == cols.stop:
         return ()
+    cuts = []
     for side in (rows, cols):
         all_of_them = side.stop - side.start == side.total
         if _spans_views(candidates, per_view) and all_of_them:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,25 +99,6 @@ def _all_gather(everyone: Tensor, own: Tensor, group: Any, async_op: bool) -> An
     return function(everyone, own, group=group, async_op=async_op)
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What the calls of all processes must have in common; named as users know it.
-
-    Attributes:
-        views: how many there are, and of what they are made.
-        gradients: which inputs need one.
-    """
-
-    views: str
-    dimension: int
-    compute_dtype: torch.dtype
-    candidates: BoolTable
-    normalize: bool
-    sample_ids: bool
-    gradients: str
-    exchange: str
-
-
 def _host_device(group: Any, device: torch.device) -> torch.device:
     """Where what the host will read is gathered: on a CPU, without waiting for the work of another
     device, if the group can (``"cpu:gloo,cuda:nccl"``, PyTorch's default)."""
@@ -125,38 +106,58 @@ def _host_device(group: Any, device: torch.device) -> torch.device:
     return torch.device("cpu") if has_cpu else device
 
 
-def agree(name: str, terms: Terms, num_samples: int, max_scale: float | None, z: Tensor) -> Tensor:
+def agree(
+    name: str,
+    problem: Problem | FusedProblem,
+    num_samples: int,
+    *,
+    views: str,
+    candidates: BoolTable,
+    gradients: str,
+    exchange: str,
+) -> Tensor:
     """``N_r`` of every process of the group, int64 [W] on the CPU.
 
     One small all-gather, which the host waits for: a difference found here is an error in every
-    process, where the transfers that follow would hang or mix up memory.
+    process, where the transfers that follow would hang or mix up memory. The scale is compared
+    among those who know it on the host.
 
     Args:
-        max_scale: the logit scale where the host knows it; compared among those that do.
-        z: on the device of the embeddings.
+        problem: of this process's samples.
+        views: how many there are, and of what they are made.
+        gradients: which inputs need one.
 
     Raises:
-        ValueError: the processes' terms or scales differ.
+        ValueError: the processes' calls differ in what they must have in common.
         RuntimeError: a CUDA graph is being captured, and the group has no backend for the CPU.
     """
     group = _group(name)
-    device = _host_device(group, z.device)
+    device = _host_device(group, problem.scale.device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "group: processes compare what they were given on the host; in a CUDA graph that needs "
             "a group with a backend for the CPU, such as 'cpu:gloo,cuda:nccl', got "
             f"{dist.get_backend_config(group)!r}"
         )
-    values = {field.name: getattr(terms, field.name) for field in fields(terms)}
-    checksums = [zlib.crc32(repr(value).encode()) for value in values.values()]
-    known = torch.nan if max_scale is None else max_scale
+    terms = {
+        "views": views,
+        "dimension": problem.z_rows.shape[-1],
+        "compute_dtype": problem.compute_dtype,
+        "candidates": candidates,
+        "normalize": problem.unit_rows,
+        "sample_ids": problem.ids_rows is not None,
+        "gradients": gradients,
+        "exchange": exchange,
+    }
+    checksums = [zlib.crc32(repr(term).encode()) for term in terms.values()]
+    known = torch.nan if problem.max_scale is None else problem.max_scale
     bits = torch.tensor(known, dtype=torch.float32, device="cpu").view(torch.int32).item()
     mine = torch.tensor([num_samples, *checksums, bits], device=device)
     everyone = mine.new_empty(group.size() * len(mine))
     _all_gather(everyone, mine, group, async_op=False)
     sizes, *same, scales = everyone.view(group.size(), -1).cpu().unbind(1)
     differs = {
-        what: column != column[group.rank()] for what, column in zip(values, same, strict=True)
+        what: column != column[group.rank()] for what, column in zip(terms, same, strict=True)
     }
     scales = scales.to(torch.int32).view(torch.float32)
     # The last bit of an exponential may be another on another chip. All come to one verdict, from
@@ -169,7 +170,7 @@ def agree(name: str, terms: Terms, num_samples: int, max_scale: float | None, z:
         if ranks:
             raise ValueError(
                 f"group: expected the same {what} in all processes; rank {group.rank()} has "
-                f"{values.get(what, max_scale)!r}, ranks {ranks} have another"
+                f"{terms.get(what, problem.max_scale)!r}, ranks {ranks} have another"
             )
     return sizes.clone()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gcl_kernels.distributed import check_group
 from gcl_kernels.embeddings import ABSENT
-from gcl_kernels.negatives import negatives, prepare
+from gcl_kernels.negatives import Arguments, negatives, prepare
 from gcl_kernels.score_fusion import fused_negatives
 from gcl_kernels.spec import (
     DEFAULT_TEMPERATURE,
@@ -70,31 +70,10 @@ def _log_ratio(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
     return log_ratio
 
 
-def _loss(
-    views: Sequence[Tensor],
-    spec: LossSpec,
-    logit_scale: float | Tensor | None,
-    temperature: float | Tensor | None,
-    normalize: bool,
-    sample_ids: Tensor | None,
-    compute_dtype: torch.dtype | None,
-    backend: str,
-    group: Any,
-    exchange: str,
-) -> Tensor:
-    scale, negatives_spec = prepare(
-        views,
-        spec.candidates,
-        logit_scale,
-        temperature,
-        normalize,
-        sample_ids,
-        compute_dtype,
-        backend,
-        group,
-        exchange,
-    )
-    return _reduce(*negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec), spec)
+def _loss(views: Sequence[Tensor], spec: LossSpec, given: Arguments) -> Tensor:
+    scale, negatives_spec = prepare(views, spec.candidates, given)
+    own_pairs = spec.own_pairs
+    return _reduce(*negatives(views, scale, given.sample_ids, own_pairs, negatives_spec), spec)
 
 
 def _reduce(neg_lse: Tensor, own_logits: Tensor, sizes: Tensor | None, spec: LossSpec) -> Tensor:
@@ -156,18 +135,10 @@ def multiview_contrastive_loss(
         other_positives=other_positives,
         reduction=reduction,
     )
-    return _loss(
-        views,
-        spec,
-        logit_scale,
-        temperature,
-        normalize,
-        sample_ids,
-        compute_dtype,
-        backend,
-        group,
-        exchange,
+    given = Arguments(
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
+    return _loss(views, spec, given)
 
 
 def _fuse(e_i: Tensor, e_t: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
@@ -216,44 +187,16 @@ def _gcl(
     e_i: Tensor,
     e_t: Tensor,
     e_it: Tensor | None,
-    logit_scale: float | Tensor | None,
-    temperature: float | Tensor | None,
-    normalize: bool,
-    sample_ids: Tensor | None,
     fusion_weights: Sequence[float | Tensor],
-    compute_dtype: torch.dtype | None,
-    backend: str,
-    group: Any,
-    exchange: str,
+    given: Arguments,
 ) -> Tensor:
     if e_it is not None:
         check_views((e_i, e_t, e_it), ("e_i", "e_t", "e_it"))
-        return _loss(
-            (e_i, e_t, e_it),
-            spec,
-            logit_scale,
-            temperature,
-            normalize,
-            sample_ids,
-            compute_dtype,
-            backend,
-            group,
-            exchange,
-        )
+        return _loss((e_i, e_t, e_it), spec, given)
     check_views((e_i, e_t), ("e_i", "e_t"))
     _check_fusion_weights(fusion_weights, e_i.device)
-    scale, negatives_spec = prepare(
-        (e_i, e_t),
-        spec.candidates,
-        logit_scale,
-        temperature,
-        normalize,
-        sample_ids,
-        compute_dtype,
-        backend,
-        group,
-        exchange,
-    )
+    scale, negatives_spec = prepare((e_i, e_t), spec.candidates, given)
+    sample_ids = given.sample_ids
     if negatives_spec.backend == "reference":
         views = (e_i, e_t, _fuse(e_i, e_t, fusion_weights))
         return _reduce(*negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec), spec)
@@ -350,21 +293,10 @@ def gcl_loss(
         other_positives=other_positives,
         reduction=reduction,
     )
-    return _gcl(
-        spec,
-        e_i,
-        e_t,
-        e_it,
-        logit_scale,
-        temperature,
-        normalize,
-        sample_ids,
-        fusion_weights,
-        compute_dtype,
-        backend,
-        group,
-        exchange,
+    given = Arguments(
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
+    return _gcl(spec, e_i, e_t, e_it, fusion_weights, given)
 
 
 def clip_loss(
@@ -391,18 +323,10 @@ def clip_loss(
     spec = make_loss_spec(
         2, pair_weights=pair_weights, candidates=((False, True), (True, False)), reduction=reduction
     )
-    return _loss(
-        (e_i, e_t),
-        spec,
-        logit_scale,
-        temperature,
-        normalize,
-        sample_ids,
-        compute_dtype,
-        backend,
-        group,
-        exchange,
+    given = Arguments(
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
+    return _loss((e_i, e_t), spec, given)
 
 
 def nt_xent_loss(
@@ -430,18 +354,10 @@ def nt_xent_loss(
     spec = make_loss_spec(
         2, pair_weights=pair_weights, self_similarity=self_similarity, reduction=reduction
     )
-    return _loss(
-        (e_1, e_2),
-        spec,
-        logit_scale,
-        temperature,
-        normalize,
-        sample_ids,
-        compute_dtype,
-        backend,
-        group,
-        exchange,
+    given = Arguments(
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
+    return _loss((e_1, e_2), spec, given)
 
 
 class GCLLoss(nn.Module):
@@ -525,18 +441,14 @@ class GCLLoss(nn.Module):
             logit_scale = self.log_logit_scale.exp().clamp(max=self.max_logit_scale)
         elif logit_scale is None:
             temperature = self.temperature
-        return _gcl(
-            self.spec,
-            e_i,
-            e_t,
-            e_it,
+        given = Arguments(
             logit_scale,
             temperature,
             self.normalize,
             sample_ids,
-            self.fusion_weights,
             self.compute_dtype,
             self.backend,
             self.group,
             self.exchange,
         )
+        return _gcl(self.spec, e_i, e_t, e_it, self.fusion_weights, given)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,6 @@ from gcl_kernels.distributed import (
     Exchange,
     Meeting,
     PerSample,
-    Terms,
     agree,
     empty_sizes,
     neg_lse_with_others,
@@ -123,17 +122,15 @@ def _forward(
     kept = _empty_kept(backend, geometry, scale, needs_grad)
     sizes, others = empty_sizes(), None
     if group:
-        terms = Terms(
+        sizes = agree(
+            group,
+            problem,
+            num_samples,
             views=f"{num_views} as given",
-            dimension=z.shape[2],
-            compute_dtype=compute_dtype,
             candidates=geometry[1],
-            normalize=normalize,
-            sample_ids=sample_ids is not None,
             gradients=f"of views {needs_grad[:-1]}, of logit_scale {needs_grad[-1]}",
             exchange=exchange,
         )
-        sizes = agree(group, terms, num_samples, problem.max_scale, z)
         others = Exchange(group, exchange, sizes, _shard(z, sample_ids))
     block_stats = BACKENDS[backend].module.block_stats
     neg_lse = BACKENDS[backend].statistics(problem, plan, kept)
@@ -572,39 +569,43 @@ def neg_lse(
         table = tuple(tuple(True for _ in views) for _ in views)
     else:
         table = bool_table("candidates", candidates, len(views))
-    scale, spec = prepare(
-        views,
-        table,
-        logit_scale,
-        temperature,
-        normalize,
-        sample_ids,
-        compute_dtype,
-        backend,
-        group,
-        exchange,
+    given = Arguments(
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
+    scale, spec = prepare(views, table, given)
     return negatives(views, scale, sample_ids, (), spec)[0]
 
 
+class Arguments(NamedTuple):
+    """What every loss is given alike and hands on, as its user gave it."""
+
+    logit_scale: float | Tensor | None
+    temperature: float | Tensor | None
+    normalize: bool
+    sample_ids: Tensor | None
+    compute_dtype: torch.dtype | None
+    backend: str
+    group: Any
+    exchange: str
+
+
 def prepare(
-    views: Sequence[Tensor],
-    candidates: BoolTable,
-    logit_scale: float | Tensor | None,
-    temperature: float | Tensor | None,
-    normalize: bool,
-    sample_ids: Tensor | None,
-    compute_dtype: torch.dtype | None,
-    backend: str,
-    group: Any,
-    exchange: str,
+    views: Sequence[Tensor], candidates: BoolTable, given: Arguments
 ) -> tuple[Tensor, NegativesSpec]:
     """Check the arguments that all losses share: the scale as a tensor, and the spec."""
-    check_sample_ids(sample_ids, views[0])
-    compute_dtype, accum_dtype = resolve_dtypes(compute_dtype, views)
-    scale, max_scale = resolve_scale(logit_scale, temperature, views[0].device, accum_dtype)
-    backend = resolve_backend(backend, views[0].device, compute_dtype)
-    group = resolve_group(group, exchange, backend)
+    check_sample_ids(given.sample_ids, views[0])
+    device = views[0].device
+    compute_dtype, accum_dtype = resolve_dtypes(given.compute_dtype, views)
+    scale, max_scale = resolve_scale(given.logit_scale, given.temperature, device, accum_dtype)
+    backend = resolve_backend(given.backend, device, compute_dtype)
+    group = resolve_group(given.group, given.exchange, backend)
     return scale, NegativesSpec(
-        candidates, normalize, compute_dtype, accum_dtype, max_scale, backend, group, exchange
+        candidates,
+        given.normalize,
+        compute_dtype,
+        accum_dtype,
+        max_scale,
+        backend,
+        group,
+        given.exchange,
     )

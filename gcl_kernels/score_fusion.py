@@ -42,7 +42,6 @@ from gcl_kernels.distributed import (
     Exchange,
     Meeting,
     PerSample,
-    Terms,
     agree,
     empty_sizes,
     neg_lse_with_others,
@@ -142,19 +141,17 @@ def _forward(
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
     sizes, others = empty_sizes(), None
     if group:
-        terms = Terms(
+        sizes = agree(
+            group,
+            problem,
+            z.shape[1],
             views=f"{len(bases)} made of two by {problem.bases}",
-            dimension=z.shape[2],
-            compute_dtype=compute_dtype,
             candidates=problem.candidates,
-            normalize=normalize,
-            sample_ids=sample_ids is not None,
             gradients="of e_i {}, of e_t {}, of fusion_weights {}, of logit_scale {}".format(
                 *needs_grad
             ),
             exchange=exchange,
         )
-        sizes = agree(group, terms, z.shape[1], problem.max_scale, z)
         others = Exchange(group, exchange, sizes, _shard(problem))
     block_stats = BACKENDS[backend].module.fused_block_stats
     neg_lse = BACKENDS[backend].fused_statistics(problem, plan, kept)

@@ -385,15 +385,33 @@ def check_fused_block_functions(kernels: Kernels, case: Case, dtype: torch.dtype
     given = exact.lse.masked_fill(~has_negative, torch.inf).float()
     f, inner = run_fused_weights(kernels, problem, plan, given, grad)
 
-    # A view that is a base has one product that nothing reads: nothing, or what it is.
-    bases = torch.tensor([[v is None or v == b for b in range(2)] for v in problem.bases])
-    needed = bases.to(kernels.device).unsqueeze(-1) | (inner != 0)
+    check_fused_weights(kernels, problem, dtype, f, inner, exact, single, allowed)
+
+
+def check_fused_weights(
+    kernels: Kernels,
+    problem: FusedProblem,
+    dtype: torch.dtype,
+    f: Tensor,
+    inner: Tensor,
+    exact: FusedDense,
+    single: FusedDense,
+    allowed: float,
+    samples: tuple[slice, slice] = (slice(None), slice(None)),
+) -> None:
+    """``F`` of these samples as rows and columns, and ``U`` of all samples, against the whole's."""
+    there = (..., *samples)
 
     def share(got: Tensor, expected: Tensor, terms: Tensor) -> float:
         return float((got.double() - expected).norm() / terms.norm().clamp_min(1e-30))
 
-    allowed_f = 2 * share(single.f, exact.f, exact.f_terms) + allowed + kernels.rounding[dtype]
-    assert share(f, exact.f, exact.f_terms) <= allowed_f
+    exact_f, terms = exact.f[there], exact.f_terms[there]
+    allowed_f = 2 * share(single.f[there], exact_f, terms) + allowed + kernels.rounding[dtype]
+    assert share(f, exact_f, terms) <= allowed_f
+
+    # A view that is a base has one product that nothing reads: nothing, or what it is.
+    bases = torch.tensor([[v is None or v == b for b in range(2)] for v in problem.bases])
+    needed = bases.to(kernels.device).unsqueeze(-1) | (inner != 0)
     inner, exact_inner, single_inner = inner * needed, exact.inner * needed, single.inner * needed
     terms = exact.inner_terms * needed
     allowed_inner = 2 * share(single_inner, exact_inner, terms) + allowed
@@ -501,10 +519,7 @@ def check_fused_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
     stats = [empty_stats(problem, side) for side in z]
     for block in plan:
         kernels.backend.fused_block_stats(problem, block, *stats, workspace)
-    whole = tuple(
-        torch.cat([of.max for of in stats], 1) if k == 0 else torch.cat([of.sum for of in stats], 1)
-        for k in range(2)
-    )
+    whole = torch.cat([of.max for of in stats], 1), torch.cat([of.sum for of in stats], 1)
     check_stats(whole, exact.lse, single.lse, allowed)
 
     given = exact.lse.masked_fill(~has_negative, torch.inf).float()
@@ -517,16 +532,6 @@ def check_fused_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
         f[:, :, block.rows, block.cols] = part.double()
         part.fill_(torch.nan)
 
-    def share(got: Tensor, expected: Tensor, terms: Tensor) -> float:
-        return float((got.double() - expected).norm() / terms.norm().clamp_min(1e-30))
-
-    there = (..., sides[0], sides[1])
-    terms = exact.f_terms[there]
-    allowed_f = 2 * share(single.f[there], exact.f[there], terms) + allowed
-    assert share(f, exact.f[there], terms) <= allowed_f + kernels.rounding[dtype]
-    both = torch.cat(inner, 2)
-    bases = torch.tensor([[v is None or v == b for b in range(2)] for v in problem.bases])
-    needed = bases.to(kernels.device).unsqueeze(-1) | (both != 0)
-    terms = exact.inner_terms * needed
-    allowed_inner = 2 * share(single.inner * needed, exact.inner * needed, terms) + allowed
-    assert share(both * needed, exact.inner * needed, terms) <= allowed_inner
+    check_fused_weights(
+        kernels, problem, dtype, f, torch.cat(inner, 2), exact, single, allowed, sides
+    )

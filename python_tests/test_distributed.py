@@ -442,7 +442,7 @@ def test_memory(monkeypatch, road, exchange):
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda calls: [_Arrived()])
     fuses = road == "fused"
     module = score_fusion if fuses else negatives
-    monkeypatch.setattr(module, "agree", lambda *a: torch.full((world,), n))
+    monkeypatch.setattr(module, "agree", lambda *a, **k: torch.full((world,), n))
     monkeypatch.setattr(problem, "KEPT_ELEMENTS", 0)
     monkeypatch.setattr(embeddings, "_CHUNK_ELEMENTS", {"default": 1024})
     monkeypatch.setattr(tiled, "BLOCK_ROWS", {"default": 32})
