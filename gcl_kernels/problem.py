@@ -34,8 +34,8 @@ class Problem:
 
     Attributes:
         z_rows, z_cols: embeddings [M, D] and [K, D] in the compute dtype, contiguous.
-        ids_rows, ids_cols: sample ids [M], [K], or None for the default ids, whose equal pairs the
-            blocks list.
+        ids_rows, ids_cols: sample ids [M], [K], contiguous, or None for the default ids, whose
+            equal pairs the blocks list.
         scale: logit scale, 0-d, in the accumulation dtype.
         max_scale: its value where the host knows it: given as a number, or in a CPU's own memory.
         unit_rows: every row has length 1 or 0.
@@ -73,7 +73,7 @@ class FusedProblem:
             contiguous.
         bases: for each view the base that it is (its coefficients are one and zero), or None.
         candidates: V x V, ``[v][w]``: the other samples of view w are negatives of view v.
-        ids_rows, ids_cols: sample ids [N], [K], or None for the default ids.
+        ids_rows, ids_cols: sample ids [N], [K], contiguous, or None for the default ids.
         scale, max_scale, unit_rows: as in :class:`Problem`; ``unit_rows`` speaks of the V views.
     """
 

@@ -77,6 +77,7 @@ def _make_problem(
     max_scale: float | None,
     normalize: bool,
 ) -> FusedProblem:
+    ids = None if sample_ids is None else sample_ids.contiguous()
     return FusedProblem(
         z_rows=z,
         z_cols=z,
@@ -84,8 +85,8 @@ def _make_problem(
         coefficients_cols=coefficients,
         bases=tuple(None if base < 0 else base for base in bases),
         candidates=unflatten(candidates, len(bases)),
-        ids_rows=sample_ids,
-        ids_cols=sample_ids,
+        ids_rows=ids,
+        ids_cols=ids,
         scale=scale,
         max_scale=known_scale(scale, max_scale),
         unit_rows=normalize,

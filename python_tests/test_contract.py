@@ -178,7 +178,7 @@ def test_solved_two_view_gradient_keeps_relative_precision(backend, device):
     torch.testing.assert_close(e[0].grad.double(), exact[0].grad, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("ids", ["pairs", "equal", "spread", "int32"])
+@pytest.mark.parametrize("ids", ["pairs", "equal", "spread", "int32", "strided"])
 @pytest.mark.parametrize("options", list(OPTIONS.values())[:4], ids=list(OPTIONS)[:4])
 def test_sample_ids(backend, device, tiling, ids, options):
     n = 23
@@ -188,6 +188,7 @@ def test_sample_ids(backend, device, tiling, ids, options):
         "equal": torch.full((n,), 7),
         "spread": (order * 7919) % 5 - 2**62,
         "int32": (order % 20).int(),
+        "strided": (torch.arange(2 * n, device=device) // 6)[::2],
     }[ids].to(device)
     check(random_views(n, 9, device), 25.0, backend=backend, sample_ids=sample_ids, **options)
 

@@ -111,11 +111,18 @@ def test_extreme_temperature(backend, device, tiling, scale):
     check(random_views(12, 8, device)[:2], scale, backend=backend)
 
 
-@pytest.mark.parametrize("ids", [torch.arange(23) // 2, torch.full((23,), 7, dtype=torch.int32)])
+@pytest.mark.parametrize("ids", ["pairs", "equal", "strided", "expanded"])
 def test_sample_ids(backend, device, tiling, ids):
+    order = torch.arange(46, device=device)
+    sample_ids = {
+        "pairs": order[:23] // 2,
+        "equal": torch.full_like(order[:23], 7, dtype=torch.int32),
+        "strided": (order // 6)[::2],
+        "expanded": order[3:4].expand(23),
+    }[ids]
     for options in ({}, {"self_similarity": "keep", "other_positives": "exclude"}):
         views = random_views(23, 9, device)[:2]
-        check(views, 25.0, backend=backend, sample_ids=ids.to(device), **options)
+        check(views, 25.0, backend=backend, sample_ids=sample_ids, **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
