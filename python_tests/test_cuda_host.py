@@ -25,6 +25,7 @@ from block_checks import (
     EMULATED,
     FEW,
     FUSED_CASES,
+    TWO_VIEWS,
     Case,
     check_block_functions,
     check_fused_block_functions,
@@ -272,11 +273,20 @@ def test_too_many_views():
         backend.fused_block_rows(torch.empty(2, 3, 8), 8)
 
 
+SCHEDULED = {
+    "several blocks": Case(43, 72, 60.0, block_rows=80),
+    "several tiles, running maximum": Case(70, 72, 60.0),
+    "several tiles, bounded": Case(70, 72, 20.0),
+    # Of few views the staged tile lies where others' sums do.
+    "two views": Case(70, 72, 60.0, candidates=TWO_VIEWS, bases=(0, 1)),
+}
+
+
 @emulated
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_do_not_depend_on_the_schedule(dtype):
+@pytest.mark.parametrize("case", SCHEDULED.values(), ids=SCHEDULED)
+def test_results_do_not_depend_on_the_schedule(case, dtype):
     """A missing barrier, or a wait for too few copies, does."""
-    case = Case(43, 72, 60.0, block_rows=80)
     library = ctypes.CDLL(str(emulated_build.MODULE))
 
     def both() -> tuple[Tensor, ...]:

@@ -76,6 +76,8 @@ int fused_block_weights(Product, const Block&, const Views&, Lines rows, Lines c
                         float* row_table, float* col_table, Stream);
 int fold(const Fold& rows, const Fold& cols, Stream);
 
+// Shared memory that a launch may ask for; chips since sm_80 have 99 KiB and more.
+constexpr int MOST_SHARED_BYTES = 96 * 1024;
 constexpr int MAX_VIEWS = 7;  // so many fit the shared memory of every chip, and 49 bits
 
 // The machine: what CUDA's runtime says. Each returns 0 or an error for error_text().

@@ -204,6 +204,7 @@ int fused_block_stats(Product product, const Block& block, const Views& views, f
     const Arguments arguments = {block,     views,     operands_aligned<Element>(block),
                                  row_tiles, col_tiles, row_table,
                                  col_table};
+    static_assert(MAX_VIEWS * Shared::BYTES_OF_VIEW <= MOST_SHARED_BYTES);
     const int bytes = views.count * Shared::BYTES_OF_VIEW;
     return launch(fused_stats_kernel<Element>,
                   num_tiles(block.rows.length, block.cols.length, block.diagonal, FUSED_TILE),

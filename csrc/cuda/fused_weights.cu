@@ -227,6 +227,7 @@ int fused_block_weights(Product product, const Block& block, const Views& views,
                                           matrix<Storage>(out, block),
                                           out.plane, row_table,
                                           col_table};
+    static_assert(MAX_VIEWS * Shared::BYTES_OF_VIEW <= MOST_SHARED_BYTES);
     const int bytes = views.count * Shared::BYTES_OF_VIEW;
     return launch(fused_weights_kernel<Element>,
                   num_tiles(block.rows.length, block.cols.length, block.diagonal, FUSED_TILE),

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "cuda/block.h"
 
 namespace gcl::machine {
 
@@ -47,13 +48,14 @@ DEVICE void load_matrices(uint32_t (&to)[4], const void* line) {
                : "memory");
 }
 
+// Volatile: all lanes of a warp multiply together, so no part may move into a branch of some.
 #define GCL_MULTIPLY(NAME, SHAPE_AND_TYPES)                                                       \
   DEVICE void NAME(float& c0, float& c1, float& c2, float& c3,                \
                                        const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {        \
-    asm("mma.sync.aligned." SHAPE_AND_TYPES                                                       \
-        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
-        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)                                                  \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                          \
+    asm volatile("mma.sync.aligned." SHAPE_AND_TYPES                                              \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+                 : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3)                                         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                 \
   }
 GCL_MULTIPLY(multiply_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 GCL_MULTIPLY(multiply_float16, "m16n8k16.row.col.f32.f16.f16.f32")
@@ -93,9 +95,10 @@ int launch(void (*kernel)(Arguments), int64_t programs, int threads, int shared_
   constexpr int WITHOUT_ASKING = 48 * 1024;
   const auto* function = reinterpret_cast<const void*>(kernel);
   cudaError_t error = cudaSuccess;
+  // Always as much: a captured graph may hold a launch that takes more than this one does.
   if (shared_bytes > WITHOUT_ASKING)
     error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 shared_bytes);
+                                 MOST_SHARED_BYTES);
   void* pointers[] = {&arguments};
   if (error == cudaSuccess)
     error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(programs)), dim3(threads),
