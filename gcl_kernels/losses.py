@@ -37,7 +37,7 @@ def _table(rows: Sequence[Sequence[Any]], dtype: torch.dtype, device: torch.devi
     for a, row in enumerate(rows):
         for b, entry in enumerate(row):
             if entry != rows[0][1]:
-                table[a, b] = entry
+                table[a, b].fill_(entry)  # assigning would copy a scalar tensor from the host
     return table
 
 

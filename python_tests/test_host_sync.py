@@ -1,0 +1,167 @@
+"""A step on a GPU neither waits for the host nor copies from it, so that CUDA graphs capture it.
+
+There is no GPU here: the operations of a step are listed on fake CUDA tensors, which have a device and
+a shape and no values. One that mixes devices, or reads a value, would synchronise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gcl_kernels
+from gcl_kernels import negatives, score_fusion
+from gcl_kernels.backends import triton
+from gcl_kernels.dispatch import BACKENDS
+
+READS_OR_COPIES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+CUDA = torch.device("cuda:0")
+FULL = [True] * 9
+
+
+class Operations(TorchDispatchMode):
+    """Lists what would make the host wait, with the line of the package that asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        devices = {x.device.type for x in tensors}
+        self.count += 1
+        if len(devices) > 1 or ("cuda" in devices and func.name() in READS_OR_COPIES):
+            ours = [f for f in traceback.extract_stack() if "gcl_kernels/" in f.filename]
+            where = [f"{Path(f.filename).name}:{f.lineno}" for f in ours[-1:]]
+            self.waits.append(f"{func.name()} at {where}")
+        return result
+
+
+def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
+
+
+@pytest.fixture
+def operations(monkeypatch) -> Callable[[Callable[[], None]], None]:
+    """Checks a function's operations on fake tensors."""
+    # Calls the operators' bodies instead of the operators.
+    monkeypatch.setattr(negatives, "unwatched", lambda *_: True)
+    monkeypatch.setattr(score_fusion, "unwatched", lambda *_: True)
+    # torch.addmm with out_dtype has no fake.
+    tiled = dataclasses.replace(BACKENDS["tiled"], add_product=add_product)
+    monkeypatch.setitem(BACKENDS, "tiled", tiled)
+
+    def check(function: Callable[[], None]) -> None:
+        with FakeTensorMode(), torch.no_grad(), Operations() as found:
+            function()
+        assert found.count > 10
+        assert not found.waits
+
+    return check
+
+
+def embeddings(count: int, dtype: torch.dtype = torch.float32, n: int = 40) -> list[Tensor]:
+    return [torch.empty(n, 24, dtype=dtype, device=CUDA) for _ in range(count)]
+
+
+TABLE = [[True, False, True], [True, True, False], [False, True, True]]
+OPTIONS = {
+    "default": {},
+    "exclude": {"other_positives": "exclude"},
+    "keep": {"self_similarity": "keep"},
+    "candidates": {"candidates": TABLE},
+    "candidates, exclude": {"candidates": TABLE, "other_positives": "exclude"},
+    "pair_weights": {"pair_weights": [[0, 1, 2], [0.5, 0, 0], [1, 3, 0]]},
+    "none": {"reduction": "none"},
+    "not normalised": {"normalize": False},
+}
+
+
+@pytest.mark.parametrize("scale", ["number", "tensor"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_losses(operations, fused, options, scale):
+    def step() -> None:
+        e_i, e_t, e_it = embeddings(3)
+        s = 20.0 if scale == "number" else torch.empty((), device=CUDA)
+        given = {**options, "backend": "tiled"}
+        gcl_kernels.gcl_loss(e_i, e_t, None if fused else e_it, s, **given)
+
+    operations(step)
+
+
+@pytest.mark.parametrize("loss", [gcl_kernels.clip_loss, gcl_kernels.nt_xent_loss])
+def test_losses_of_two_views(operations, loss):
+    operations(lambda: loss(*embeddings(2), 20.0, backend="tiled"))
+
+
+def test_learnable_fusion_weights(operations):
+    def step() -> None:
+        weights = [torch.empty((), device=CUDA) for _ in range(2)]
+        gcl_kernels.gcl_loss(*embeddings(2), fusion_weights=weights, backend="tiled")
+
+    operations(step)
+
+
+@pytest.fixture
+def launches_of_triton(monkeypatch) -> None:
+    """Triton's launchers, as on an H100; what they launch is left out."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    from gcl_kernels.backends.triton import primitives, tiles
+
+    monkeypatch.setattr(jit.JITFunction, "run", lambda *_, **__: None)
+    monkeypatch.setattr(primitives, "device_chip", lambda _: tiles.CHIPS["sm_90"])
+    monkeypatch.setattr(triton, "_check", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
+    row = dataclasses.replace(BACKENDS["triton"], add_product=add_product)
+    monkeypatch.setitem(BACKENDS, "triton", row)
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_operators(operations, request, backend, dtype, ids):
+    """Forward and backward of both roads; of Triton's large blocks, several."""
+    n = 9000 if backend == "triton" else 40
+    if backend == "triton":
+        request.getfixturevalue("launches_of_triton")
+
+    def step() -> None:
+        views, s = embeddings(3, dtype, n), torch.empty((), device=CUDA)
+        sample_ids = torch.empty(n, dtype=torch.int64, device=CUDA) if ids else None
+        pairs, place, needs = [0, 1, 0, 2, 1, 2], (backend, "", "gather"), [True] * 4
+        given = (FULL, pairs, True, None, dtype, *place, needs)
+        lse, own, *saved = negatives._forward(views, s, sample_ids, *given)
+        given = (views, s, sample_ids, FULL, True, None, *place, *saved)
+        negatives._backward(*given, lse, lse, own, needs)
+        bases, mixing = [0, 1, -1], torch.empty(3, 2, device=CUDA)
+        given = (*views[:2], mixing, s, sample_ids, FULL)
+        lse, own, *saved = score_fusion._forward(
+            *given, pairs, bases, True, None, dtype, *place, needs
+        )
+        score_fusion._backward(*given, bases, True, None, *place, *saved, lse, lse, own, needs)
+
+    operations(step)
+
+
+def test_would_see_a_copy(operations):
+    def step() -> None:
+        x = torch.empty(3, 3, device=CUDA)
+        for _ in range(10):
+            x = x + 1
+        x[0, 0] = 0.5
+
+    with pytest.raises(AssertionError, match="aten::copy_"):
+        operations(step)
