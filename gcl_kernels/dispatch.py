@@ -29,8 +29,9 @@ class Backend:
 
     Attributes:
         module: its block functions (``reference`` has none: it is dense).
-        why_unavailable: None where it can run on this machine, else the reason.
-        why_not: None where it serves tensors of this device and compute dtype, else the reason.
+        why_unavailable: None where it can run on a device of this machine, else the reason.
+        why_not: None where it serves tensors of this device and compute dtype, else the reason,
+            which may be that it is not available.
         keeps_tiles: the first tiles stay in memory between the passes, see ``problem``.
         halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
             plan then cuts these blocks finer.
@@ -116,4 +117,5 @@ def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype)
 
 def _why_not(name: str, device: torch.device, compute_dtype: torch.dtype) -> str | None:
     row = BACKENDS[name]
-    return row.why_unavailable() or row.why_not(device, compute_dtype)
+    reason = row.why_not(device, compute_dtype)
+    return reason and (row.why_unavailable() or reason)

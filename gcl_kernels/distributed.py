@@ -87,10 +87,12 @@ def _group(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)
 
 
-def empty_sizes(name: str = WITHOUT_GROUP) -> Tensor:
-    """Memory for the numbers of samples of a group's processes; of none where there is no other."""
-    world = _group(name).size() if name else 0
-    return torch.empty(world, dtype=torch.int64, device="cpu")
+def empty_sizes(like: Tensor, name: str = WITHOUT_GROUP) -> Tensor:
+    """Memory of the host for the numbers of samples of a group's processes. Without a group empty,
+    and where ``like`` is: an operator of which all is on one device stays in one CUDA graph."""
+    if name:
+        return torch.empty(_group(name).size(), dtype=torch.int64, device="cpu")
+    return like.new_empty(0, dtype=torch.int64)
 
 
 def _all_gather(everyone: Tensor, own: Tensor, group: Any, async_op: bool) -> Any:

@@ -120,7 +120,7 @@ def _forward(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
     kept = _empty_kept(backend, geometry, scale, needs_grad)
-    sizes, others = empty_sizes(), None
+    sizes, others = empty_sizes(scale), None
     if group:
         sizes = agree(
             group,
@@ -395,7 +395,7 @@ def _forward_fake(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     kept = _empty_kept(backend, geometry, scale, needs_grad)
     norm = scale.new_empty((num_views, num_samples) if normalize else 0)
-    sizes = empty_sizes(group)
+    sizes = empty_sizes(scale, group)
     return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept, sizes
 
 

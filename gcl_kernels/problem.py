@@ -229,6 +229,12 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a, b, out=out)
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch lets float32 products on a GPU take TF32, by whichever of its settings
+    (``torch.get_float32_matmul_precision`` raises where its newer ones were used)."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """``accumulator += a @ b`` in the accumulator's dtype."""
     if a.dtype in HALF_DTYPES:

@@ -140,7 +140,7 @@ def _forward(
     )
     plan = _plan(backend, z, len(bases))
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
-    sizes, others = empty_sizes(), None
+    sizes, others = empty_sizes(scale), None
     if group:
         sizes = agree(
             group,
@@ -433,7 +433,7 @@ def _forward_fake(
         scale.new_empty(num_views, 2, num_samples),
         scale.new_empty(2, 2, num_samples),
         _empty_kept(backend, z, scale, num_views, needs_grad),
-        empty_sizes(group),
+        empty_sizes(scale, group),
     )
 
 

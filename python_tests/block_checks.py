@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gcl_kernels.backends import cuda, triton
 from gcl_kernels.blocks import Block, Samples, plan_blocks, plan_rectangle
-from gcl_kernels.problem import FusedProblem, Problem, Workspace, empty_stats
+from gcl_kernels.problem import FusedProblem, Problem, Workspace, allows_tf32, empty_stats
 from gcl_kernels.spec import BoolTable
 
 EMULATED = cuda._cuda is not None and cuda._cuda.device_type == "cpu"
@@ -211,7 +211,7 @@ def negatives(candidates: BoolTable, ids: Tensor | None, num_samples: int) -> Te
 
 def multiplied(z: Tensor) -> Tensor:
     """What the products take for ``z``: where PyTorch allows TF32, the nearest of 11 bits."""
-    if z.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+    if z.dtype != torch.float32 or not allows_tf32():
         return z
     return ((z.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -26,4 +28,13 @@ def emulate_half_products(patch: pytest.MonkeyPatch) -> None:
     row = dataclasses.replace(BACKENDS["tiled"], product=product, add_product=add_product)
     patch.setitem(BACKENDS, "tiled", row)
     patch.setattr(tiled, "product", product)
-    patch.setattr(negatives, "resolve_dtypes", lambda dtype, views: (dtype, torch.float32))
+    patch.setattr(negatives, "resolve_dtypes", resolve_dtypes)
+
+
+def resolve_dtypes(
+    compute_dtype: torch.dtype | None, views: Sequence[Tensor]
+) -> tuple[torch.dtype, torch.dtype]:
+    """As ``spec.resolve_dtypes`` for tensors on a GPU."""
+    if compute_dtype is None:
+        compute_dtype = functools.reduce(torch.promote_types, (view.dtype for view in views))
+    return compute_dtype, torch.promote_types(compute_dtype, torch.float32)

@@ -66,7 +66,7 @@ def dense_neg_lse(
     sample_ids: Tensor | None = None,
 ) -> Tensor:
     num_samples = views[0].shape[0]
-    ids = torch.arange(num_samples) if sample_ids is None else sample_ids
+    ids = torch.arange(num_samples, device=views[0].device) if sample_ids is None else sample_ids
     z = [unit(e) for e in views]
     rows = []
     for a, row in enumerate(candidates):

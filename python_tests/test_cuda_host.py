@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ from torch import Tensor
 import gcl_kernels
 from gcl_kernels import dispatch
 from gcl_kernels.backends import cuda as backend
+from gcl_kernels.backends import triton
+from gcl_kernels.backends.triton import tiles
 from gcl_kernels.blocks import Block, plan_blocks
 from gcl_kernels.problem import Workspace
 
@@ -99,14 +102,10 @@ def test_auto_is_triton_else_cuda_else_tiled(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     for name in ("triton", "cuda"):
 
-        def why_unavailable(name: str = name) -> str | None:
-            return "missing" if name in missing else None
+        def why_not(device: torch.device, dtype: torch.dtype, name: str = name) -> str | None:
+            return "missing" if name in missing else "float64" if dtype == torch.float64 else None
 
-        row = replace(
-            dispatch.BACKENDS[name],
-            why_unavailable=why_unavailable,
-            why_not=lambda device, dtype: "float64" if dtype == torch.float64 else None,
-        )
+        row = replace(dispatch.BACKENDS[name], why_unavailable=lambda: None, why_not=why_not)
         monkeypatch.setitem(dispatch.BACKENDS, name, row)
 
     def auto(dtype: torch.dtype) -> str:
@@ -137,6 +136,53 @@ def test_auto_is_triton_else_cuda_else_tiled(monkeypatch):
 def test_devices_that_the_compiled_targets_serve(capability, archs, reason):
     got = backend._why_not_capability(capability, archs)
     assert got is None if reason is None else got is not None and got.startswith(reason)
+
+
+def test_judges_the_device_of_the_tensors(monkeypatch):
+    """An old GPU beside a new one, whichever is the current."""
+    capabilities = [(7, 5), (9, 0)]
+    extension = SimpleNamespace(device_type="cuda", device_count=lambda: 2, compiled_archs="80;90")
+    monkeypatch.setattr(backend, "_cuda", extension)
+    monkeypatch.setattr(triton, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(triton, "_interpreted", lambda: False)
+    monkeypatch.setattr(triton, "device_chip", tiles.find_chip)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda device: capabilities[getattr(device, "index", device)],
+    )
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    for name in ("triton", "cuda"):
+        assert gcl_kernels.backends()[name] == "available"
+        assert dispatch.resolve_backend(name, new, torch.bfloat16) == name
+        with pytest.raises(RuntimeError, match=f"backend: '{name}' is not available: needs .* 8.0"):
+            dispatch.resolve_backend(name, old, torch.bfloat16)
+    assert dispatch.resolve_backend("auto", new, torch.bfloat16) == "triton"
+    assert dispatch.resolve_backend("auto", old, torch.bfloat16) == "tiled"
+    capabilities[1] = (7, 0)
+    for name in ("triton", "cuda"):
+        assert "compute capability 8.0 or later" in gcl_kernels.backends()[name]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+    ],
+)
+def test_tf32_is_allowed_by_any_of_the_settings(setting):
+    """In a process of its own: some of them can't be taken back."""
+    code = "import torch; from gcl_kernels.problem import allows_tf32; print(allows_tf32())"
+    code += f"; {setting}; print(allows_tf32())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 @pytest.mark.skipif(backend._cuda is not None, reason="the extension is built")

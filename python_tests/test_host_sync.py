@@ -1,7 +1,7 @@
 """A step on a GPU neither waits for the host nor copies from it, so that CUDA graphs capture it.
 
-There is no GPU here: the operations of a step are listed on fake CUDA tensors, which have a device and
-a shape and no values. One that mixes devices, or reads a value, would synchronise.
+There is no GPU here: the operations of a step are listed on fake CUDA tensors, which have a device
+and a shape and no values. One that mixes devices, or reads a value, would synchronise.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def test_operators(operations, request, backend, dtype, ids):
         pairs, place, needs = [0, 1, 0, 2, 1, 2], (backend, "", "gather"), [True] * 4
         given = (FULL, pairs, True, None, dtype, *place, needs)
         lse, own, *saved = negatives._forward(views, s, sample_ids, *given)
+        assert {x.device for x in saved} == {CUDA}  # else one CUDA graph could not hold it
         given = (views, s, sample_ids, FULL, True, None, *place, *saved)
         negatives._backward(*given, lse, lse, own, needs)
         bases, mixing = [0, 1, -1], torch.empty(3, 2, device=CUDA)
@@ -151,6 +152,7 @@ def test_operators(operations, request, backend, dtype, ids):
         lse, own, *saved = score_fusion._forward(
             *given, pairs, bases, True, None, dtype, *place, needs
         )
+        assert {x.device for x in saved} == {CUDA}
         score_fusion._backward(*given, bases, True, None, *place, *saved, lse, lse, own, needs)
 
     operations(step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import dense_loss, dense_neg_lse
-from test_contract import DTYPES, OPTIONS, random_views
+from test_contract import DTYPES, OPTIONS, random_views, weights_rounding
 from tolerance import assert_accurate
 from torch import Tensor
 from torch.library import opcheck
@@ -15,7 +15,7 @@ from gcl_kernels import negatives, problem, score_fusion
 from gcl_kernels.backends import tiled
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.embeddings import ABSENT
-from gcl_kernels.spec import NegativesSpec
+from gcl_kernels.spec import HALF_DTYPES, NegativesSpec
 
 WEIGHTS = (0.7, -1.3)
 
@@ -45,7 +45,8 @@ def check(
 
     result = run(ours, None)
     exact = run(lambda e, w, s: dense_loss(fused(e, w), s, **options), torch.float64)
-    if device.type == "cuda" and torch.float32 not in dtypes and accum == torch.float32:
+    compute, _ = negatives.resolve_dtypes(None, inputs)
+    if compute in HALF_DTYPES:
         dense = run(lambda e, w, s: ours(e, w, s, "reference"), None)
     else:
         dense = run(lambda e, w, s: dense_loss(fused(e, w), s, **options), accum)
@@ -67,10 +68,14 @@ def check(
     else:
         logit, amplified = scale * parts.max().item() ** 2, 1 + parts**2
     losses = n**0.5 if result[0].dim() else per_loss
+    if compute in HALF_DTYPES:
+        # Of the fused view both bases are rounded, where the dense computation rounds their sum.
+        dense = [x + amplified.mean() * (d - x) for d, x in zip(dense, exact, strict=True)]
     assert_accurate("loss", result[0], exact[0], dense[0], (logit + 10) * losses)
     rest = list(zip(result, exact, dense, strict=True))[1:]
     size = 4 * per_loss * amplified.max().item()
-    assert_accurate("logit_scale.grad", *rest[0], size * max(1.0, logit / scale))
+    rounded = weights_rounding(compute) * per_loss * logit / scale
+    assert_accurate("logit_scale.grad", *rest[0], size * max(1.0, logit / scale) + rounded)
     for index, name in ((1, "alpha.grad"), (2, "beta.grad")):
         assert_accurate(name, *rest[index], size * max(scale, logit) / abs(weights[index - 1]))
     # A weight exp(x - lse) has the relative rounding of x, whose two parts are larger than x.
@@ -301,6 +306,15 @@ def test_any_combinations(float64_backend, device, tiling):
         grads[2] = grads[2][[0, 2, 3]]  # the other rows are constants
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_half_inputs_as_on_a_gpu(emulated_half_products, tiling, dtype, normalize):
+    """What test_dtypes asks of a GPU, where there is none."""
+    views = random_views(21, 24, torch.device("cpu"))[:2]
+    scale = 20.0 if normalize else 0.2
+    check(views, scale, backend="tiled", dtypes=(dtype,) * 2, normalize=normalize)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -65,7 +65,7 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
         return f"it serves tensors on the CPU, not on {device.type}"
     if compute_dtype not in _SUFFIX:
         return f"it computes in float32 and float64, not in {compute_dtype}"
-    return None
+    return _WHY_UNAVAILABLE
 
 
 def block_rows(z: Tensor) -> int:

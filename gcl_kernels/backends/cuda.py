@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import FusedProblem, Problem, RowStats, Workspace
+from gcl_kernels.problem import FusedProblem, Problem, RowStats, Workspace, allows_tf32
 
 _cuda: Any = None
 try:
@@ -38,17 +38,30 @@ FUSED_BLOCK_ROWS = BLOCK_ROWS // 2
 
 
 def why_unavailable() -> str | None:
-    """None where it can run on this machine, else the reason."""
+    """None where it can run on a device of this machine, else the reason."""
+    reason = _why_no_gpu()
+    if reason is not None or _cuda.device_type == "cpu":  # kernels built for an emulated GPU
+        return reason
+    devices = range(torch.cuda.device_count())
+    reasons = [_why_not_device(torch.device("cuda", index)) for index in devices]
+    return None if None in reasons else reasons[0]
+
+
+def _why_no_gpu() -> str | None:
     if _cuda is None:
         return _WHY_UNAVAILABLE
-    if _cuda.device_type == "cpu":  # kernels built for an emulated GPU
+    if _cuda.device_type == "cpu":
         return None
     # torch.compile traces what asks; it knows what PyTorch's own functions return.
     if not torch.compiler.is_compiling() and _cuda.device_count() == 0:
         return _cuda.why_no_device()
     if torch.version.hip is not None or not torch.cuda.is_available():
         return "this PyTorch finds no NVIDIA GPU"
-    return _why_not_capability(torch.cuda.get_device_capability(), _cuda.compiled_archs)
+    return None
+
+
+def _why_not_device(device: torch.device) -> str | None:
+    return _why_not_capability(torch.cuda.get_device_capability(device), _cuda.compiled_archs)
 
 
 def _why_not_capability(capability: tuple[int, int], compiled_archs: str) -> str | None:
@@ -76,13 +89,12 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
     """None where it serves tensors on this device with this compute dtype, else the reason."""
     if compute_dtype == torch.float64:
         return "no float64: use backend='tiled'"
-    if _cuda is None:
-        return _WHY_UNAVAILABLE
+    reason = _why_no_gpu()
+    if reason is not None:
+        return reason
     if device.type != _cuda.device_type:
         return f"needs tensors on a {_cuda.device_type.upper()} device, got {device}"
-    if device.type == "cuda":
-        return _why_not_capability(torch.cuda.get_device_capability(device), _cuda.compiled_archs)
-    return None
+    return _why_not_device(device) if device.type == "cuda" else None
 
 
 def _check(z: Tensor) -> None:
@@ -99,8 +111,7 @@ def block_rows(z: Tensor) -> int:
 
 def _product(dtype: torch.dtype) -> Any:
     if dtype == torch.float32:
-        ieee = torch.get_float32_matmul_precision() == "highest"
-        return _cuda.Product.float32 if ieee else _cuda.Product.tf32
+        return _cuda.Product.tf32 if allows_tf32() else _cuda.Product.float32
     return _cuda.Product.bfloat16 if dtype == torch.bfloat16 else _cuda.Product.float16
 
 

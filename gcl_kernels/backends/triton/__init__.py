@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from gcl_kernels.backends.triton.tiles import device_chip
+from gcl_kernels.backends.triton.tiles import device_chip, find_chip
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import FusedProblem, Problem, RowStats, Workspace
 
@@ -41,16 +41,20 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_NOT_INSTALLED = "Triton is not installed: pip install triton"
+_NOT_THIS_GPU = "needs an NVIDIA GPU of compute capability 8.0 or later, or an AMD gfx942 or gfx950"
+
+
 def why_unavailable() -> str | None:
-    """None where it can run on this machine, else the reason."""
+    """None where it can run on a device of this machine, else the reason."""
     if not _TRITON_INSTALLED:
-        return "Triton is not installed: pip install triton"
+        return _NOT_INSTALLED
     if _interpreted():
         return None
     if not torch.cuda.is_available():
         return "no CUDA or ROCm device"
-    if device_chip(torch.cuda.current_device()) is None:
-        return "needs an NVIDIA GPU of compute capability 8.0 or later, or an AMD gfx942 or gfx950"
+    if all(device_chip(index) is None for index in range(torch.cuda.device_count())):
+        return _NOT_THIS_GPU
     return None
 
 
@@ -58,9 +62,14 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
     """None where it serves tensors on this device with this compute dtype, else the reason."""
     if compute_dtype == torch.float64:
         return "no float64: use backend='tiled'"
-    if device.type != "cuda" and not _interpreted():
-        return f"needs tensors on a CUDA or ROCm device, got {device}"
-    return None
+    if not _TRITON_INSTALLED:
+        return _NOT_INSTALLED
+    if device.type != "cuda":
+        return None if _interpreted() else f"needs tensors on a CUDA or ROCm device, got {device}"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # torch.compile warns of caches that it traces.
+    chip_of_device = find_chip if torch.compiler.is_compiling() else device_chip
+    return _NOT_THIS_GPU if chip_of_device(index) is None else None
 
 
 def block_rows(z: Tensor) -> int:

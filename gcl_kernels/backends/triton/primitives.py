@@ -32,7 +32,7 @@ from gcl_kernels.backends.triton.tiles import (
     pick_tile,
 )
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import FusedProblem, Problem
+from gcl_kernels.problem import FusedProblem, Problem, allows_tf32
 
 FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
 
@@ -308,9 +308,9 @@ def launch(problem: Problem | FusedProblem, block: Block) -> tuple[int, Tile, di
     rows, cols = block.shape
     # The interpreter, on the CPU, has no chip of its own.
     chip = device_chip(z_rows.get_device()) if z_rows.is_cuda else CHIPS["sm_80"]
-    assert chip is not None  # why_unavailable would have said so
+    assert chip is not None  # why_not would have said so
     # gfx950 multiplies no TF32; IEEE runs on the matrix cores of either AMD chip.
-    ieee = chip.fast_float32 or torch.get_float32_matmul_precision() == "highest"
+    ieee = chip.fast_float32 or not allows_tf32()
     is_float32 = z_rows.dtype == torch.float32
     dim = z_rows.shape[-1]
     fused = isinstance(problem, FusedProblem)

@@ -175,12 +175,14 @@ def chip_of(capability: tuple[int, int] | None, gcn_arch: str | None) -> Chip | 
     return CHIPS[name]
 
 
-@lru_cache(maxsize=64)
-def device_chip(index: int) -> Chip | None:
-    """The chip of the CUDA or ROCm device of this number."""
+def find_chip(index: int) -> Chip | None:
+    """The chip of the CUDA or ROCm device of this number; ``device_chip`` remembers it."""
     if torch.version.hip is not None:
         return chip_of(None, torch.cuda.get_device_properties(index).gcnArchName)
     return chip_of(torch.cuda.get_device_capability(index), None)
+
+
+device_chip = lru_cache(maxsize=64)(find_chip)
 
 
 def num_tiles(rows: int, cols: int, diagonal: bool, size: int) -> int:
