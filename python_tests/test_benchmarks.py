@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -50,8 +51,29 @@ def test_report_runs_and_refuses_without_a_gpu(tmp_path: Path, capsys):
 def test_report_gives_no_speed_while_parity_fails(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(gpu_report, "QUICK_PARITY", ["no_such_test.py"])
     path = tmp_path / "report.json"
-    assert gpu_report.main(["--device", "cpu", "--quick", "--out", str(path)]) == 1
-    assert "speed" not in json.loads(path.read_text())
+    arguments = ["--device", "cpu", "--quick", "--commit", "abc", "--out", str(path)]
+    assert gpu_report.main(arguments) == 1
+    data = json.loads(path.read_text())
+    assert "speed" not in data and data["environment"]["commit"] == "abc"
+    assert "no_such_test.py" in path.with_suffix(".parity.txt").read_text()
+
+    # Asked to measure all the same, it says so, does not run the tests again, and goes on after an
+    # error of one backend.
+    def fail(*_, **__):
+        raise RuntimeError("no such kernel\nand more")
+
+    row = dataclasses.replace(gpu_report.BACKENDS["tiled"], embed=fail)
+    monkeypatch.setitem(gpu_report.BACKENDS, "tiled", row)
+    monkeypatch.setattr(gpu_report, "parity", fail)
+    only = ["--unverified", "--only", "speed", "graph"]
+    assert gpu_report.main([*arguments, *only]) == 0
+    data = json.loads(path.read_text())
+    assert not data["parity"]["passed"]
+    for row in data["speed"]:
+        if row["task"] != "fused":  # which calls embed_fused
+            assert row["peers"]["tiled"] == {"failed": "RuntimeError: no such kernel"}
+        assert row["peers"]["dense eager"]["both_ms"] > 0
+    assert {row["backend"] for row in data["graph"] if "failed" in row} == {"tiled"}
 
 
 def make_report(path: Path, seconds: float, clock=lambda: 0.0) -> gpu_report.Report:
