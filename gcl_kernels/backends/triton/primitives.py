@@ -142,10 +142,11 @@ def needs_mask(
 def tile_ids(
     ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols, id_offset, id_period
 ):  # fmt: skip
-    """Numbers of a tile's rows and columns that are equal where both are of one sample."""
+    """Numbers of a tile's rows and columns that are equal where both are of one sample; outside the
+    block, where is_negative does not ask for them, any."""
     if ids_rows is not None:
-        row_ids = tl.load(ids_rows + row_start + tl.minimum(rows, num_rows - 1))
-        col_ids = tl.load(ids_cols + col_start + tl.minimum(cols, num_cols - 1))
+        row_ids = tl.load(ids_rows + row_start + rows, mask=rows < num_rows)
+        col_ids = tl.load(ids_cols + col_start + cols, mask=cols < num_cols)
     else:
         row_ids = (rows + id_offset) % id_period
         col_ids = cols % id_period
@@ -221,8 +222,11 @@ def split_columns(y, TILE: tl.constexpr):
 
 @triton.jit
 def masked(x, mask):
-    """``x``, -inf where masked. ``mask``: whether any may be, and what is_negative compares."""
-    if mask[0]:
+    """``x``, -inf where masked. ``mask``: the term to add, or whether any may be masked and what
+    is_negative compares."""
+    if len(mask) == 1:
+        x += mask[0]
+    elif mask[0]:
         negative = is_negative(mask[1], mask[2], mask[3], mask[4], mask[5], mask[6])
         x = tl.where(negative, x, -float("inf"))
     return x
@@ -278,7 +282,14 @@ def half_columns(
         ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
         id_offset, id_period,
     )  # fmt: skip
-    return cols, of_cols, (needs, rows, cols, num_rows, num_cols, row_ids, col_ids)
+    if ids_rows is not None:
+        # Every tile is masked: as a term, which joins the multiplication by s. A select for each
+        # pair of views, all from one comparison, spills on sm_90 with Triton 3.9.
+        negative = is_negative(rows, cols, num_rows, num_cols, row_ids, col_ids)
+        mask = (tl.where(negative, 0.0, -float("inf")),)
+    else:
+        mask = (needs, rows, cols, num_rows, num_cols, row_ids, col_ids)
+    return cols, of_cols, mask
 
 
 @triton.jit
