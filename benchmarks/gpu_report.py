@@ -277,10 +277,10 @@ def peak_bytes(step: Step, device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What was measured, or why not: a failure must not cost the rest of a rare machine's time."""
     try:
-        return measure()
+        return measure(*arguments)
     except Exception as error:
         lines = str(error).splitlines() or [""]
         print("failed:", type(error).__name__, lines[0], flush=True)
@@ -348,7 +348,7 @@ def graph(report: Report) -> list[dict[str, Any]]:
             )
             row = {"backend": backend, "task": name, "n": n, "d": 768}
             measure = _captured if report.device == "cuda" else _repeated
-            rows.append(row | attempt(lambda measure=measure, step=step: measure(step)))
+            rows.append(row | attempt(measure, step))
             report.put("graph", rows)
     return rows
 
@@ -409,14 +409,19 @@ def training(report: Report) -> list[dict[str, Any]]:
             times += timed([step], report.device)
         return {"losses": [loss.item() for loss in losses], "step_ms": 1e3 * median(times)}
 
-    rows = [{"backend": "dense float32", **attempt(lambda: run(dense_gcl, autocast=False))}]
+    rows = [{"backend": "dense float32", **attempt(run, dense_gcl, False)}]
     for backend in backend_names(report.device):
         if report.allows("training", backend, 10):
-            loss = ours(TASKS["gcl"], backend)
-            found = attempt(lambda loss=loss: run(loss, autocast=True))
+            found = attempt(run, ours(TASKS["gcl"], backend), True)
             rows.append({"backend": backend, **found})
             report.put("training", rows)
     return rows
+
+
+def _once(step: Step, device: str) -> dict[str, Any]:
+    peak = peak_bytes(step, device)
+    (seconds,) = timed([step.both], device)
+    return {"peak_bytes": peak, "seconds": seconds, "loss": step.both().item()}
 
 
 def limit(report: Report) -> list[dict[str, Any]]:
@@ -429,14 +434,8 @@ def limit(report: Report) -> list[dict[str, Any]]:
             if not report.allows("limit", f"{backend} {name}", guess):
                 continue
             step = make_step(task, ours(task, backend), n, 768, torch.bfloat16, report.device)
-
-            def measure(step: Step = step) -> dict[str, Any]:
-                peak = peak_bytes(step, report.device)
-                (seconds,) = timed([step.both], report.device)
-                return {"peak_bytes": peak, "seconds": seconds, "loss": step.both().item()}
-
             row = {"backend": backend, "task": name, "n": n, "d": 768}
-            rows.append(row | attempt(measure))
+            rows.append(row | attempt(_once, step, report.device))
             report.put("limit", rows)
     return rows
 
@@ -490,6 +489,17 @@ def entries(
         yield "chunked checkpoint", "peer", task.chunked
 
 
+def _passes(step: Step, device: str, floor_seconds: float) -> dict[str, Any]:
+    forward, backward = medians([step.forward, step.backward], device)
+    return {
+        "forward_ms": 1e3 * forward,
+        "backward_ms": 1e3 * backward,
+        "both_ms": 1e3 * (forward + backward),
+        "efficiency": floor_seconds / (forward + backward),
+        "peak_bytes": peak_bytes(step, device),
+    }
+
+
 def speed(report: Report) -> list[dict[str, Any]]:
     """Times and memory of our backends and the peers that fit, at every size."""
     rows: list[dict[str, Any]] = []
@@ -503,36 +513,27 @@ def speed(report: Report) -> list[dict[str, Any]]:
             if not report.allows("speed", label, guess):
                 continue
             step = make_step(task, function, n, d, dtype, report.device)
-            flops_of_floor = report.data["floor_tflops"][dtype_name] * 1e12
-            floor_seconds = task.flops * n * n * d / flops_of_floor
-
-            def measure(step: Step = step, floor_seconds: float = floor_seconds) -> dict[str, Any]:
-                forward, backward = medians([step.forward, step.backward], report.device)
-                return {
-                    "forward_ms": 1e3 * forward,
-                    "backward_ms": 1e3 * backward,
-                    "both_ms": 1e3 * (forward + backward),
-                    "efficiency": floor_seconds / (forward + backward),
-                    "peak_bytes": peak_bytes(step, report.device),
-                }
-
-            row["peers"][peer] = attempt(measure)
-            print(f"{label:50} {row['peers'][peer].get('both_ms', 0):10.3f} ms", flush=True)
+            rate = report.data["floor_tflops"][dtype_name] * 1e12
+            found = attempt(_passes, step, report.device, task.flops * n * n * d / rate)
+            row["peers"][peer] = found
+            print(f"{label:50} {found.get('both_ms', 0):10.3f} ms", flush=True)
             report.put("speed", rows)
-            del step, measure
+            del step
             if report.device == "cuda":
                 torch.cuda.empty_cache()
     return rows
 
 
-def small_step(backend: str, device: str) -> None:
-    """What the sanitizer watches: every kernel of a backend, ragged, on both sides of the bound."""
+def small_step(backend: str, device: str) -> dict[str, Any]:
+    """What the sanitizer watches: every kernel of a backend, ragged, on both sides of the bound.
+    It measures nothing."""
     for task in TASKS.values():
         for n, d, dtype in ((300, 80, torch.bfloat16), (70, 67, torch.float32)):
             for scale in (20.0, STEP_SCALE):
                 make_step(task, ours(task, backend), n, d, dtype, device, scale).both()
     if device == "cuda":
         torch.cuda.synchronize()
+    return {}
 
 
 def find_sanitizer(path: str | None = None) -> str | None:
@@ -565,7 +566,7 @@ def sanitizer(report: Report) -> list[dict[str, Any]] | str:
         needed = COMPILE_SECONDS + SANITIZER_SECONDS
         if not report.allows("sanitizer", backend, needed):
             continue
-        compiled = attempt(lambda backend=backend: small_step(backend, report.device) or {})
+        compiled = attempt(small_step, backend, report.device)
         if "failed" in compiled:
             rows.append({"backend": backend, "clean": None, **compiled})
             continue

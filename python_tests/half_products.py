@@ -15,16 +15,17 @@ from gcl_kernels.backends import tiled
 from gcl_kernels.dispatch import BACKENDS
 
 
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
+
+
 def emulate_half_products(patch: pytest.MonkeyPatch) -> None:
     """On a CPU half types compute in float32; this gives ``tiled`` the arithmetic of a GPU: half
     operands, float32 accumulation and results."""
-
-    def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-    def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-        accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
-
     row = dataclasses.replace(BACKENDS["tiled"], product=product, add_product=add_product)
     patch.setitem(BACKENDS, "tiled", row)
     patch.setattr(tiled, "product", product)

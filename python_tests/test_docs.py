@@ -16,9 +16,13 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/own_losses.md"]
 
 
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
 def run_blocks(page: str) -> dict:
     namespace: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
+    for block in code_blocks((ROOT / page).read_text()):
         exec(compile(block, page, "exec"), namespace)
     return namespace
 
@@ -31,7 +35,7 @@ def test_code_runs(page):
 def test_training_in_two_processes_runs(tmp_path):
     page = (ROOT / "docs/distributed.md").read_text()
     script = tmp_path / "train.py"
-    script.write_text(re.findall(r"```python\n(.*?)```", page, re.S)[0])
+    script.write_text(code_blocks(page)[0])
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
     done = subprocess.run(
         [sys.executable, *launch.split(), str(script)],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from half_products import add_product
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,10 +48,6 @@ class Operations(TorchDispatchMode):
             where = [f"{Path(f.filename).name}:{f.lineno}" for f in ours[-1:]]
             self.waits.append(f"{func.name()} at {where}")
         return result
-
-
-def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,13 +27,14 @@ from sentence_transformers import (
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from test_docs import ROOT, code_blocks
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import gcl_kernels
 from gcl_kernels.integrations import sentence_transformers as adapter
 from gcl_kernels.integrations.sentence_transformers import GCLLoss
 
-PAGE = Path(__file__).parent.parent / "docs/trainers.md"
+PAGE = ROOT / "docs/trainers.md"
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -122,6 +121,12 @@ def assert_same(got, expected, factor: float = 1.0, rtol: float = 1e-4) -> None:
         assert (got[1][name] - factor * gradient).norm() <= rtol * norm, name
 
 
+def dense(e, scale, **options) -> torch.Tensor:
+    """By definition, in float64; of two embeddings their sum is the third."""
+    e = [x.double() for x in e]
+    return dense_loss([*e, e[0] + e[1]] if len(e) == 2 else e, scale, **options)
+
+
 class Dense(torch.nn.Module):
     """What the adapter's loss must equal, through the model, by autograd over the dense matrix."""
 
@@ -131,8 +136,7 @@ class Dense(torch.nn.Module):
 
     def forward(self, sentence_features, labels):
         e = [self.model(column)["sentence_embedding"] for column in sentence_features]
-        e = [*e, e[0] + e[1]] if len(e) == 2 else e
-        return dense_loss([x.double() for x in e], self.scale, sample_ids=labels, **self.options)
+        return dense(e, self.scale, sample_ids=labels, **self.options)
 
 
 # The adapter
@@ -171,9 +175,8 @@ def test_of_image_and_text_alone_it_is_the_symmetric_ranking_loss(model, cached)
 def test_three_columns(tmp_path, mini_batch_size):
     """A model that embeds pairs, on a data set's third column."""
     torch.manual_seed(0)
-    vision = TOWER | {"image_size": 16, "patch_size": 8}
     text = TEXT | {"sep_token_id": 3, "encoder_hidden_size": 32, "projection_dim": 24}
-    config = transformers.BlipConfig(text_config=text, vision_config=vision, projection_dim=24)
+    config = transformers.BlipConfig(text_config=text, vision_config=VISION, projection_dim=24)
     transformers.BlipModel(config).save_pretrained(tmp_path)
     images = transformers.BlipImageProcessor(size={"height": 16, "width": 16})
     processor(transformers.BlipProcessor, image_processor=images).save_pretrained(tmp_path)
@@ -341,7 +344,7 @@ def test_says_what_is_missing(monkeypatch):
 
 def run_snippet(heading: str, **given) -> dict:
     section = PAGE.read_text().split(f"\n## {heading}\n")[1]
-    code = re.findall(r"```python\n(.*?)```", section, re.S)[0]
+    code = code_blocks(section)[0]
     namespace = {"torch": torch, "gcl_kernels": gcl_kernels, **given}
     exec(compile(code, str(PAGE), "exec"), namespace)
     return namespace
@@ -390,8 +393,8 @@ def test_page_transformers(clip_folder, tmp_path, steps):
     data = [{key: value[i] for key, value in rows.items()} for i in range(16)]
     for batch in torch.arange(16).chunk(steps):
         out = model(**{key: value[batch] for key, value in rows.items()})
-        z = [e.double() for e in (out.image_embeds, out.text_embeds)]
-        dense_loss([*z, z[0] + z[1]], model.logit_scale.exp()).div(steps).backward()
+        e = out.image_embeds, out.text_embeds
+        dense(e, model.logit_scale.exp()).div(steps).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -403,8 +406,7 @@ def test_page_transformers(clip_folder, tmp_path, steps):
 def test_page_accelerate():
     model = towers()
     batch = vectors(16)
-    z = [e.double() for e in model(*batch)]
-    dense_loss([*z, z[0] + z[1]], 1 / 0.07).backward()
+    dense(model(*batch), 1 / 0.07).backward()
     expected = [p.detach() - p.grad for p in model.parameters()]
     model.zero_grad()
     run_snippet(
@@ -421,8 +423,7 @@ def test_page_accelerate():
 def test_page_gradient_caching():
     model = towers()
     image, text = vectors(16)
-    z = [e.double() for e in model(image, text)]
-    dense_loss([*z, z[0] + z[1]], 1 / 0.07).backward()
+    dense(model(image, text), 1 / 0.07).backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     batches = list(zip(image.split(5), text.split(5), strict=True))

@@ -37,11 +37,16 @@ FUSED_BLOCK_ROWS = BLOCK_ROWS // 2
 """Largest samples of a fused block's side: four matrices of a quarter of the size."""
 
 
+_NOT_FOUND = "this PyTorch finds no NVIDIA GPU"
+
+
 def why_unavailable() -> str | None:
     """None where it can run on a device of this machine, else the reason."""
     reason = _why_no_gpu()
     if reason is not None or _cuda.device_type == "cpu":  # kernels built for an emulated GPU
         return reason
+    if not torch.cuda.is_available():
+        return _NOT_FOUND
     devices = range(torch.cuda.device_count())
     reasons = [_why_not_device(torch.device("cuda", index)) for index in devices]
     return None if None in reasons else reasons[0]
@@ -55,9 +60,7 @@ def _why_no_gpu() -> str | None:
     # torch.compile traces what asks; it knows what PyTorch's own functions return.
     if not torch.compiler.is_compiling() and _cuda.device_count() == 0:
         return _cuda.why_no_device()
-    if torch.version.hip is not None or not torch.cuda.is_available():
-        return "this PyTorch finds no NVIDIA GPU"
-    return None
+    return None if torch.version.hip is None else _NOT_FOUND
 
 
 def _why_not_device(device: torch.device) -> str | None:
