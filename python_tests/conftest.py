@@ -10,10 +10,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 from half_products import emulate_half_products
+from interpreter import mended_interpreter
 
 from gcl_kernels import problem
 from gcl_kernels.backends import cpu, tiled
 from gcl_kernels.dispatch import BACKENDS
+
+__all__ = ["mended_interpreter"]  # a fixture of every test
 
 LONGEST = (
     "triton_compile", "cuda_build", "compile", "cuda_host", "open_clip", "distributed", "demo"

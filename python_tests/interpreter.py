@@ -41,16 +41,23 @@ def run_file(path: str) -> None:
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreted_bfloat16() -> Iterator[None]:
-    """Triton 3.6 to 3.8 interpret a product of bfloat16 as one of the integers with its bits."""
+@pytest.fixture(scope="session", autouse=True)
+def mended_interpreter() -> Iterator[None]:
+    """What Triton 3.6 to 3.9 interpret wrongly or slowly, for all tests of a process.
+
+    A product of bfloat16 is interpreted as one of the integers with its bits. And each call from
+    one kernel function to another looks through all of ``triton.language`` for what to replace:
+    half of the interpreter's time with kernels such as these. What a launch does not replace stays
+    replaced after a call, so one call into each module is enough.
+    """
     if not INTERPRETED:
         yield
         return
     from triton import language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-    create_dot = InterpreterBuilder.create_dot
+    create_dot, call = InterpreterBuilder.create_dot, InterpretedFunction.__call__
+    called: set[str] = set()
 
     def widened(operand: TensorHandle) -> TensorHandle:
         if operand.dtype.scalar != tl.bfloat16:
@@ -61,8 +68,15 @@ def interpreted_bfloat16() -> Iterator[None]:
     def create_widened_dot(self, a, b, *others):
         return create_dot(self, widened(a), widened(b), *others)
 
+    def quick_call(self, *arguments, **named):
+        if self.fn.__module__ in called:
+            return self.rewrite()(*arguments, **named)
+        called.add(self.fn.__module__)
+        return call(self, *arguments, **named)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_widened_dot)
+        patch.setattr(InterpretedFunction, "__call__", quick_call)
         yield
 
 

@@ -168,6 +168,7 @@ def test_judges_the_device_of_the_tensors(monkeypatch):
         assert "compute capability 8.0 or later" in gcl_kernels.backends()[name]
 
 
+@pytest.mark.skipif(EMULATED, reason="asks PyTorch alone")
 @pytest.mark.parametrize(
     "setting",
     [

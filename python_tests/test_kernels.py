@@ -34,12 +34,10 @@ from block_checks import (
     run_stats,
     run_weights,
 )
-from interpreter import interpreted_bfloat16, run_file, starts
+from interpreter import run_file, starts
 from torch import Tensor
 
 import gcl_kernels
-
-__all__ = ["interpreted_bfloat16"]  # a fixture of this module
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -20,7 +20,6 @@ from interpreter import (
     DEVICE,
     HAS_TRITON,
     checked_memory,
-    interpreted_bfloat16,
     run_file,
     runs,
     starts,
@@ -33,8 +32,6 @@ from gcl_kernels.backends import triton as backend
 from gcl_kernels.backends.triton import tiles
 from gcl_kernels.blocks import Block, plan_blocks
 from gcl_kernels.problem import Problem, Workspace, empty_stats
-
-__all__ = ["interpreted_bfloat16"]  # a fixture of this module
 
 
 @starts

@@ -56,6 +56,7 @@ def chosen() -> list[Variant]:
         kept.append(Variant(kernel, "sm_90", "large", half, ids=True, dim=80))
         kept.append(Variant(kernel, "sm_90", "small", half, ids=True, dim=67))
         kept.append(Variant(kernel, "gfx942", "small", half, ids=True, dim=67))
+    for kernel in ("stats", "weights"):
         kept.append(Variant(kernel, "sm_90", "large", torch.float16, diagonal=False))
     kept.append(Variant("fused_weights", "sm_90", "large", half))
     kept += [Variant(kernel, "sm_90", "large", full) for kernel in ("fused_stats", "fused_weights")]

@@ -11,11 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 from block_checks import FUSED_CASES, TRITON, check_fused_block_functions, fused_results
-from interpreter import checked_memory, interpreted_bfloat16, run_file, runs, starts, watches_memory
+from interpreter import checked_memory, run_file, runs, starts, watches_memory
 
 from gcl_kernels.backends.triton import tiles
-
-__all__ = ["interpreted_bfloat16"]  # a fixture of this module
 
 
 @starts
