@@ -42,14 +42,12 @@ class Recipe:
 
     Attributes:
         version: asks the compiler for its version.
-        cl: the compiler lists the headers it read as cl does, instead of in ``$out.d``.
     """
 
     version: Sequence[str]
     sources: Sequence[Path]
     compile: str
     link: str
-    cl: bool = False
 
 
 def build(name: str, folder: Path | None = None, werror: bool = False) -> Path:
@@ -86,7 +84,7 @@ def ninja_file(recipe: Recipe, module: str) -> str:
         "rule compile",
         f"  command = {recipe.compile}",
         "  description = compile $in",
-        "  deps = msvc" if recipe.cl else "  deps = gcc\n  depfile = $out.d",
+        "  deps = gcc\n  depfile = $out.d",
         "rule link",
         f"  command = {recipe.link}",
         "  description = link $out",
@@ -110,19 +108,10 @@ def find_ninja() -> str:
 
 def cpu_recipe(werror: bool) -> Recipe:
     """One C++ compiler; the sources choose their own instruction sets at run time."""
+    if WINDOWS:
+        raise BuildError("its sources need the vector extensions of GCC and Clang; cl has none")
     sources = _sources("cpu", "*.cpp")
     cxx = find_cxx()
-    if WINDOWS:
-        compile = [*cxx, "/nologo", "/std:c++17", "/O2", "/openmp", "/EHsc", "/MD", "/W3"]
-        compile += ["/WX"] if werror else []
-        compile += [f"/I{folder}" for folder in (CSRC, *_python_headers())]
-        return Recipe(
-            cxx,
-            sources,
-            f"{_line(compile)} /showIncludes /c $in /Fo$out",
-            f"{_line([*cxx, '/nologo', '/LD'])} $in /Fe$out {_line(['/link', *_python_library()])}",
-            cl=True,
-        )
     openmp = ["-fopenmp"] if has_openmp(cxx) else []
     compile = [*cxx, *_flags("CPPFLAGS"), *_flags("CXXFLAGS"), "-std=c++17", "-O3", *openmp]
     # psabi: the vectors of csrc/cpu cross no function that is not inlined.
@@ -139,10 +128,8 @@ def cpu_recipe(werror: bool) -> Recipe:
 
 
 def find_cxx() -> list[str]:
-    """$CXX, else the usual names; on Windows cl, which a developer prompt puts on PATH."""
-    if WINDOWS:
-        candidates = [["cl"]]
-    elif _flags("CXX"):
+    """$CXX, else the usual names."""
+    if _flags("CXX"):
         candidates = [_flags("CXX")]
     else:
         candidates = [["c++"], ["g++"], ["clang++"]]

@@ -87,7 +87,7 @@ class Task:
     Attributes:
         views: how many embeddings a sample has.
         logits: rows of its dense matrix, for each sample.
-        flops: of the products of forward and backward, in units of N^2 D (design, section 2 and 3).
+        flops: of the products of forward and backward, in units of N^2 D (docs/maths.md).
         loss: ours, of the views and the scale.
         dense, chunked: what could be used instead; None where there is nothing.
     """

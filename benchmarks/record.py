@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -32,10 +33,19 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, object]:
     """Machine, versions and commit (with ``+`` where the tree had changes)."""
     commit = _command("git", "rev-parse", "--short", "HEAD")
-    dirty = _command("git", "status", "--porcelain", "--untracked-files=no", "--", "../gcl_kernels")
+    # What a record's figures depend on.
+    sources = ["../gcl_kernels", "../csrc", "../build_extensions.py", "../benchmarks/*.py"]
+    dirty = _command("git", "status", "--porcelain", "--untracked-files=no", "--", *sources)
     record: dict[str, object] = {
         "commit": commit + ("+" if dirty not in ("", "unknown") else ""),
         "gcl_kernels": gcl_kernels.__version__,
@@ -46,12 +56,10 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        import triton
-
         record |= {
             "gpu": torch.cuda.get_device_name(),
             "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "cuda": torch.version.cuda,
-            "triton": triton.__version__,
+            "triton": _version("triton"),
         }
     return record

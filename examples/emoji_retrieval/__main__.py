@@ -27,7 +27,7 @@ def main() -> None:
     if missing:
         sys.exit(
             f"The demo needs packages that are not installed ({', '.join(missing)}): "
-            'pip install "gcl_kernels[demo]"'
+            'pip install -e ".[demo]"'
         )
     from .run import run_from_command_line
 

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from .inventory import file_key
 
-STYLES = ("openmoji", "twemoji")
 IMAGE_SIZE = 64
 # Light grey: on white, white drawings without an outline would vanish.
 BACKGROUND = (208, 208, 208, 255)
