@@ -17,6 +17,8 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 from gcl_kernels.spec import BoolTable
 
 ROW_MULTIPLE = 16
@@ -103,7 +105,7 @@ def most_elements(
 
     def on_and_above_diagonal(rows: int) -> int:
         # Half of the square, and half of the blocks on its diagonal.
-        return rows**2 if rows <= block_rows else rows * (rows + block_rows) // 2
+        return rows * (rows + torch.sym_min(rows, block_rows)) // 2
 
     views = range(len(candidates))
     if _spans_views(candidates, per_view):

@@ -92,6 +92,11 @@ def backends() -> dict[str, str]:
     return {name: row.why_unavailable() or "available" for name, row in BACKENDS.items()}
 
 
+def check_backend(name: str, origin: str = "backend") -> None:
+    """Raise ValueError unless it is ``"auto"`` or a backend's name."""
+    check_choice(origin, name, ("auto", *BACKENDS))
+
+
 def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype) -> str:
     """The backend that serves a call with ``backend=name`` on this device in this dtype.
 
@@ -101,9 +106,9 @@ def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype)
     """
     origin = "backend"
     if name == "auto":
-        name = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
         origin = ENVIRONMENT_VARIABLE
-    check_choice(origin, name, ("auto", *BACKENDS))
+    check_backend(name, origin)
     if name != "auto":
         reason = _why_not(name, device, compute_dtype)
         if reason is not None:

@@ -20,6 +20,7 @@ its way while one is used).
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,10 @@ def check_group(group: Any, exchange: str) -> None:
 
 
 def resolve_group(group: Any, exchange: str, backend: str) -> str:
-    """The name of a process group, ``WITHOUT_GROUP`` for None and for a group of one.
+    """``"<processes>:<name>"`` of a process group, ``WITHOUT_GROUP`` for None and for one process.
+
+    The number is for ``torch.compile``, whose caches outlive a job: it is the shape of an
+    operator's result, and names are the same in jobs of any size.
 
     Raises:
         TypeError, ValueError: as from :func:`check_group`.
@@ -80,11 +84,11 @@ def resolve_group(group: Any, exchange: str, backend: str) -> str:
         return WITHOUT_GROUP
     if backend == "reference":
         raise RuntimeError("backend: 'reference' is for one process, got a group of several")
-    return group.group_name
+    return f"{group.size()}:{group.group_name}"
 
 
 def _group(name: str) -> Any:
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name.partition(":")[2])
 
 
 def empty_sizes(like: Tensor, name: str = WITHOUT_GROUP) -> Tensor:
@@ -153,6 +157,8 @@ def agree(
     }
     checksums = [zlib.crc32(repr(term).encode()) for term in terms.values()]
     known = torch.nan if problem.max_scale is None else problem.max_scale
+    if problem.max_scale is not None and math.isnan(problem.max_scale):
+        known = torch.inf  # as little a scale, and not taken for an unknown one
     bits = torch.tensor(known, dtype=torch.float32, device="cpu").view(torch.int32).item()
     mine = torch.tensor([num_samples, *checksums, bits], device=device)
     everyone = mine.new_empty(group.size() * len(mine))

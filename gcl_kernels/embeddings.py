@@ -233,8 +233,8 @@ def _coefficients(
         for v, base in enumerate(bases):
             if base < 0:
                 coefficients[v] /= inverse * lengths[v]
-                # A zero vector's are zero; a length of NaN is none.
-                coefficients[v].masked_fill_(lengths[v] <= NORM_EPS, 0)
+                # A zero vector's are zero; a length of NaN is none, nor is one that overflowed.
+                coefficients[v].masked_fill_(lengths[v] <= NORM_EPS, 0).add_(lengths[v] * 0)
     return coefficients
 
 

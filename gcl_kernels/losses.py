@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gcl_kernels.dispatch import check_backend
 from gcl_kernels.distributed import check_group
 from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.negatives import Arguments, negatives, prepare
@@ -24,15 +25,20 @@ from gcl_kernels.score_fusion import fused_negatives
 from gcl_kernels.spec import (
     DEFAULT_TEMPERATURE,
     LossSpec,
+    check_compute_dtype,
+    check_normalize,
+    check_positive,
     check_views,
     make_loss_spec,
+    refuse_dtensor,
+    view_list,
 )
 
 
 def _table(rows: Sequence[Sequence[Any]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small constant on the device, without the synchronising copy that a GPU would need."""
     if device.type == "cpu":
-        return torch.tensor(rows, dtype=dtype)
+        return torch.tensor(rows, dtype=dtype, device=device)
     table = torch.full((len(rows), len(rows)), rows[0][1], dtype=dtype, device=device)
     for a, row in enumerate(rows):
         for b, entry in enumerate(row):
@@ -120,10 +126,9 @@ def multiview_contrastive_loss(
         0-d (or [N] with ``reduction="none"``), float32; float64 where the products are float64.
 
     Raises:
-        ValueError, TypeError: malformed arguments.
-        RuntimeError: a backend asked for by name is not available here.
+        As :func:`gcl_loss`.
     """
-    views = list(views)
+    views = view_list(views)
     if len(views) < 2:
         raise ValueError(f"views: expected at least 2, got {len(views)}")
     check_views(views, [f"views[{v}]" for v in range(len(views))])
@@ -152,7 +157,7 @@ def _mixing(weights: Sequence[float | Tensor], dtype: torch.dtype, device: torch
     """What image, text and fused embeddings are made of: [3, 2]."""
     if not any(isinstance(weight, Tensor) for weight in weights):
         if device.type == "cpu":
-            return torch.tensor([[1, 0], [0, 1], weights], dtype=dtype)
+            return torch.tensor([[1, 0], [0, 1], weights], dtype=dtype, device=device)
     one, zero = (
         torch.ones((), dtype=dtype, device=device),
         torch.zeros((), dtype=dtype, device=device),
@@ -171,7 +176,10 @@ def _check_fusion_weights(weights: Any, device: torch.device | None = None) -> N
         raise ValueError(f"fusion_weights: expected two numbers or tensors, got {weights!r}")
     for index, weight in enumerate(weights):
         name = f"fusion_weights[{index}]"
+        refuse_dtensor(name, weight)
         if isinstance(weight, Tensor):
+            if not weight.dtype.is_floating_point:
+                raise TypeError(f"{name}: expected a floating tensor, got {weight.dtype}")
             if weight.numel() != 1 or weight.dim() > 1:
                 raise ValueError(f"{name}: expected shape [] or [1], got {list(weight.shape)}")
             if device is not None and weight.device != device:
@@ -191,6 +199,11 @@ def _gcl(
     given: Arguments,
 ) -> Tensor:
     if e_it is not None:
+        if isinstance(e_it, float) or isinstance(e_it, Tensor) and e_it.dim() == 0:
+            raise TypeError(
+                "e_it: expected a 2-D tensor [N, D] or None, got a scalar; logit_scale is the "
+                "fourth argument"
+            )
         check_views((e_i, e_t, e_it), ("e_i", "e_t", "e_it"))
         return _loss((e_i, e_t, e_it), spec, given)
     check_views((e_i, e_t), ("e_i", "e_t"))
@@ -247,11 +260,12 @@ def gcl_loss(
         normalize: divide every embedding by ``max(length, 1e-12)`` first.
         pair_weights: 3 x 3 finite numbers >= 0 with zero diagonal, divided by their sum; entry
             [a][b] weighs "anchor view a finds view b". Default: the six pairs at 1/6. The order of
-            views is image, text, fused.
+            views is image, text, fused. Tables are nested sequences, NumPy arrays or CPU tensors.
         candidates: 3 x 3 booleans; entry [a][m] says whether anchors of view a meet view m in their
             denominator. Default: all true.
-        sample_ids: N integers on the embeddings' device. Samples with equal ids are neither
-            positives nor negatives of each other. Default: all different.
+        sample_ids: N integers (int64, int32, int16, int8 or uint8) on the embeddings' device.
+            Samples with equal ids are neither positives nor negatives of each other. Default: all
+            different.
         self_similarity: ``"mask"`` leaves the anchor itself out of its denominator; ``"keep"``
             keeps it (where ``candidates[a][a]``), the literal sum over all embeddings.
         other_positives: ``"compete"``: a denominator holds all other views of the anchor's sample
@@ -272,9 +286,10 @@ def gcl_loss(
 
     Returns:
         0-d (or [N] with ``reduction="none"``), float32; float64 where the products are float64.
-        NaN where an input holds NaN or inf. Of a ``group``: this process's share, the mean over its
-        own samples (weighted where N differs), such that the average over processes is the loss of
-        the whole batch; gradients of embeddings are those of the sum over processes, so that
+        NaN where an input that takes part holds NaN or inf. Of a ``group``: this process's share,
+        the mean over its own samples (weighted where N differs), such that the average over
+        processes is the loss of the whole batch; gradients of embeddings are those of the sum over
+        processes, so that
         DistributedDataParallel's average is the gradient of that loss.
 
     Raises:
@@ -347,8 +362,8 @@ def nt_xent_loss(
 ) -> Tensor:
     """SimCLR's NT-Xent (Chen et al. 2020): both views' embeddings, all but the anchor, compete.
 
-    Arguments, result and errors as for :func:`gcl_loss`, with 2 x 2 ``pair_weights`` (default 1/2
-    for each direction).
+    ``e_1``, ``e_2`` [N, D]; arguments, result and errors as for :func:`gcl_loss`, with 2 x 2
+    ``pair_weights`` (default 1/2 for each direction).
     """
     check_views((e_1, e_2), ("e_1", "e_2"))
     spec = make_loss_spec(
@@ -366,9 +381,11 @@ class GCLLoss(nn.Module):
     Args:
         temperature: fixed temperature, or the initial one of a learnable scale; default 0.07.
         learnable_scale: own ``log_logit_scale``, a 0-d float32 parameter initialised to
-            ``log(1 / temperature)`` and used as its exponential, at most ``max_logit_scale``
-            (CLIP's convention).
+            ``log(1 / temperature)`` and used as its exponential. Before each use the parameter is
+            brought back to at most ``log(max_logit_scale)`` in place (CLIP's convention).
         max_logit_scale: upper bound of the learnable scale, default 100.
+        fusion_weights: as for :func:`gcl_loss`; an ``nn.Parameter`` becomes a parameter of the
+            module (``alpha``, ``beta``).
         Others: as for :func:`gcl_loss`; checked here, once. A module with ``group="world"`` can be
             copied and pickled, one with a process group cannot.
 
@@ -403,22 +420,32 @@ class GCLLoss(nn.Module):
             other_positives=other_positives,
             reduction=reduction,
         )
-        for name, value in (("temperature", temperature), ("max_logit_scale", max_logit_scale)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+        temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
+        check_positive("temperature", temperature)
+        check_positive("max_logit_scale", max_logit_scale)
+        if learnable_scale and 1 / temperature > max_logit_scale:
+            raise ValueError(
+                "temperature: expected at least 1 / max_logit_scale = "
+                f"{1 / max_logit_scale:g}, got {temperature}"
+            )
+        check_normalize(normalize)
         _check_fusion_weights(fusion_weights)
+        if compute_dtype is not None:
+            check_compute_dtype(compute_dtype)
+        check_backend(backend)
         check_group(group, exchange)
-        self.temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
+        self.temperature = temperature
         self.max_logit_scale = max_logit_scale
         self.normalize = normalize
-        self.fusion_weights = fusion_weights
+        self.alpha, self.beta = fusion_weights
         self.compute_dtype = compute_dtype
         self.backend = backend
         self.group = group
         self.exchange = exchange
         self.log_logit_scale: nn.Parameter | None = None
         if learnable_scale:
-            self.log_logit_scale = nn.Parameter(torch.tensor(-math.log(self.temperature)))
+            log_scale = torch.tensor(-math.log(self.temperature), dtype=torch.float32)
+            self.log_logit_scale = nn.Parameter(log_scale)
 
     def forward(
         self,
@@ -438,7 +465,12 @@ class GCLLoss(nn.Module):
         if self.log_logit_scale is not None:
             if logit_scale is not None:
                 raise ValueError("logit_scale: this module owns a learnable one, got another")
-            logit_scale = self.log_logit_scale.exp().clamp(max=self.max_logit_scale)
+            parameter = self.log_logit_scale
+            # The parameter, not its exponential: beyond a bound on that no gradient leads back.
+            # Whoever saved the parameter for a backward pass before may still use it.
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(parameter):
+                parameter.clamp_(max=math.log(self.max_logit_scale))
+            logit_scale = parameter.exp()
         elif logit_scale is None:
             temperature = self.temperature
         given = Arguments(
@@ -451,4 +483,4 @@ class GCLLoss(nn.Module):
             self.group,
             self.exchange,
         )
-        return _gcl(self.spec, e_i, e_t, e_it, self.fusion_weights, given)
+        return _gcl(self.spec, e_i, e_t, e_it, (self.alpha, self.beta), given)

@@ -43,6 +43,7 @@ from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.operators import (
     LIBRARY,
     OwnPairs,
+    distinct,
     known_scale,
     needing_grad,
     refuse_double_backward,
@@ -56,10 +57,12 @@ from gcl_kernels.spec import (
     BoolTable,
     NegativesSpec,
     bool_table,
+    check_normalize,
     check_sample_ids,
     check_views,
     resolve_dtypes,
     resolve_scale,
+    view_list,
 )
 
 
@@ -450,7 +453,7 @@ class NegLSE(torch.autograd.Function):
             needs_grad,
         )
         ctx.save_for_backward(
-            sample_ids, scale, z, norm, inverse, own, kept, sizes, neg_lse, *views
+            sample_ids, scale, z, norm, inverse, own, kept, neg_lse, sizes, *views
         )
         ctx.static = (candidates, normalize, max_scale, backend, group, exchange)
         ctx.kept_for = needs_grad
@@ -461,7 +464,10 @@ class NegLSE(torch.autograd.Function):
     def backward(
         ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_sizes: Tensor
     ) -> tuple[Tensor | None, ...]:
-        sample_ids, scale, z, norm, inverse, own, kept, sizes, neg_lse, *views = ctx.saved_tensors
+        sample_ids, scale, *saved, sizes = ctx.saved_tensors[:9]
+        views = list(ctx.saved_tensors[9:])
+        # Backends read by address, and saved tensors may come back from a hook in another layout.
+        z, norm, inverse, own, kept, neg_lse = (tensor.contiguous() for tensor in saved)
         needs_grad = [*ctx.needs_input_grad[11:], ctx.needs_input_grad[10]]
         if needs_grad[:-1] != ctx.kept_for[:-1]:
             kept = kept.new_empty(0)  # of other blocks
@@ -518,7 +524,7 @@ def negatives(
         needing_grad(*views, scale),
         sample_ids,
         scale,
-        *views,
+        *distinct(views),
     )
     return neg_lse, own_logits, sizes[0] if sizes else None
 
@@ -559,8 +565,9 @@ def neg_lse(
 
     Raises:
         ValueError, TypeError: malformed arguments; the message names what was expected and given.
+        RuntimeError, NotImplementedError: as :func:`gcl_kernels.gcl_loss`.
     """
-    views = list(views)
+    views = view_list(views)
     if not views:
         raise ValueError("views: expected at least 1, got 0")
     check_views(views, [f"views[{v}]" for v in range(len(views))])
@@ -594,6 +601,7 @@ def prepare(
 ) -> tuple[Tensor, NegativesSpec]:
     """Check the arguments that all losses share: the scale as a tensor, and the spec."""
     check_sample_ids(given.sample_ids, views[0])
+    check_normalize(given.normalize)
     device = views[0].device
     compute_dtype, accum_dtype = resolve_dtypes(given.compute_dtype, views)
     scale, max_scale = resolve_scale(given.logit_scale, given.temperature, device, accum_dtype)

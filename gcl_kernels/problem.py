@@ -25,7 +25,7 @@ more than the product where D is 256 or less, measured."""
 
 def empty_kept(num_products: int, scale: Tensor) -> Tensor:
     """Memory for tiles that stay between the passes, where there are so many products."""
-    return scale.new_empty(min(num_products, KEPT_ELEMENTS))
+    return scale.new_empty(torch.sym_min(num_products, KEPT_ELEMENTS))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
     LIBRARY,
     OwnPairs,
+    distinct,
     known_scale,
     needing_grad,
     refuse_double_backward,
@@ -108,11 +109,19 @@ def _empty_kept(
     return empty_kept(4 * most_elements(z.shape[1], _ONE_SEGMENT, block_rows), scale)
 
 
-def _similarities(coefficients: Tensor, dots: Tensor) -> tuple[Tensor, Tensor]:
-    """``<z_v, z_b>`` [V, 2, N] and ``<z_v, z_w>`` [V, V, N] of one sample, from the bases' own."""
+def _similarities(
+    coefficients: Tensor, dots: Tensor, lengths: Tensor, own_pairs: list[int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``<z_v, z_b>`` [V, 2, N] and ``<z_v, z_w>`` [V, V, N] of one sample, from the bases' own;
+    and, where a view is paired with itself, which vectors have unit length [N, V]."""
     toward_bases = (coefficients.unsqueeze(2) * dots).sum(1)
     own = (toward_bases.unsqueeze(1) * coefficients).sum(2)
-    return toward_bases, own
+    unit = None
+    if lengths.numel() and any(a == b for a, b in unflatten(own_pairs, 2)):
+        # Exactly one: as a sum of products its rounding grows with the square of the coefficients.
+        unit = (lengths > NORM_EPS).t()
+        own.diagonal().masked_fill_(unit, 1)
+    return toward_bases, own, unit
 
 
 def _forward(
@@ -161,7 +170,8 @@ def _forward(
     if others is not None:
         rectangle = partial(_rectangle, backend, problem)
         neg_lse = neg_lse_with_others(others, neg_lse, block_stats, rectangle)
-    own_logits = mark_absent_(_similarities(coefficients, dots)[1] * scale, unflatten(own_pairs, 2))
+    _, own, _ = _similarities(coefficients, dots, lengths, own_pairs)
+    own_logits = mark_absent_(own * scale, unflatten(own_pairs, 2))
     return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept, sizes
 
 
@@ -317,6 +327,7 @@ def _backward(
     scale: Tensor,
     sample_ids: Tensor | None,
     candidates: list[bool],
+    own_pairs: list[int],
     bases: list[int],
     normalize: bool,
     max_scale: float | None,
@@ -354,12 +365,14 @@ def _backward(
     )
     if others is not None:
         _add_gradient_of_others(others, backend, problem, lines, needs_grad[:2], r, inner)
-    toward_bases, own = _similarities(coefficients, dots)
+    toward_bases, own, unit = _similarities(coefficients, dots, lengths, own_pairs)
     half_sum = (coefficients * inner).sum().mul_(0.5)
     grad_scale = half_sum.add_((grad_own_logits * own).sum())
 
     grad_own = grad_own_logits * scale
     pull = grad_own + grad_own.transpose(0, 1)
+    if unit is not None:
+        pull.diagonal().masked_fill_(unit, 0)  # a constant
     # <G_v, z_b>; of a view that is a base only its own entry is used, and only that is filled.
     along_bases = (pull.unsqueeze(2) * toward_bases).sum(1).addcmul_(inner, scale)
     mixed = (pull.unsqueeze(2) * coefficients).sum(1)
@@ -394,9 +407,9 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "fused_neg_lse_backward(Tensor e_0, Tensor e_1, Tensor mixing, Tensor scale, "
-    "Tensor? sample_ids, bool[] candidates, int[] bases, bool normalize, float? max_scale, "
-    "str backend, str group, str exchange, Tensor z, Tensor inverse, Tensor lengths, "
-    "Tensor coefficients, Tensor dots, Tensor kept, Tensor sizes, Tensor neg_lse, "
+    "Tensor? sample_ids, bool[] candidates, int[] own_pairs, int[] bases, bool normalize, "
+    "float? max_scale, str backend, str group, str exchange, Tensor z, Tensor inverse, "
+    "Tensor lengths, Tensor coefficients, Tensor dots, Tensor kept, Tensor sizes, Tensor neg_lse, "
     "Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) -> Tensor[]"
 )
 LIBRARY.impl("fused_neg_lse", _forward, "CompositeExplicitAutograd")
@@ -488,7 +501,7 @@ class FusedNegLSE(torch.autograd.Function):
             needs_grad,
         )
         ctx.save_for_backward(*inputs, sample_ids, *saved, sizes, neg_lse)
-        ctx.static = (candidates, bases, normalize, max_scale, backend, group, exchange)
+        ctx.static = (candidates, own_pairs, bases, normalize, max_scale, backend, group, exchange)
         # Without a group there are none, and an output costs some microseconds.
         return (neg_lse, own_logits, sizes) if group else (neg_lse, own_logits)
 
@@ -496,9 +509,10 @@ class FusedNegLSE(torch.autograd.Function):
     def backward(
         ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_sizes: Tensor
     ) -> tuple[Tensor | None, ...]:
-        *inputs, sample_ids, z, inverse, lengths, coefficients, dots, kept, sizes, neg_lse = (
-            ctx.saved_tensors
-        )
+        *inputs, sample_ids = ctx.saved_tensors[:5]
+        *saved, sizes, neg_lse = ctx.saved_tensors[5:]
+        # Backends read by address, and saved tensors may come back from a hook in another layout.
+        z, inverse, lengths, coefficients, dots, kept = (tensor.contiguous() for tensor in saved)
         needs_grad = list(ctx.needs_input_grad[11:])
         operator = torch.ops.gcl_kernels.fused_neg_lse_backward
         if unwatched(grad_neg_lse, grad_own_logits, *inputs):
@@ -554,8 +568,7 @@ def fused_negatives(
         spec.exchange,
         needing_grad(e_0, e_1, mixing, scale),
         sample_ids,
-        e_0,
-        e_1,
+        *distinct((e_0, e_1)),
         mixing,
         scale,
     )

@@ -9,7 +9,7 @@ device nor break a ``torch.compile`` graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -57,10 +57,6 @@ class NegativesSpec:
     group: str = ""
     exchange: str = "gather"
 
-    @property
-    def num_views(self) -> int:
-        return len(self.candidates)
-
 
 @dataclass(frozen=True)
 class LossSpec:
@@ -94,14 +90,19 @@ def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def refuse_dtensor(name: str, value: Any) -> None:
+    """Raise TypeError if it is one: an operator would meet it beside plain tensors."""
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; pass .to_local() or "
+            ".full_tensor(), whichever the loss should see"
+        )
+
+
 def check_views(views: Sequence[Tensor], names: Sequence[str]) -> None:
     """Raise unless all views are [N, D] floating tensors of one shape on one device, N, D >= 1."""
     for view, name in zip(views, names, strict=True):
-        if type(view).__name__ == "DTensor":
-            raise TypeError(
-                f"{name}: expected a plain tensor, got a DTensor; pass .to_local() or "
-                ".full_tensor(), whichever the loss should see"
-            )
+        refuse_dtensor(name, view)
         if not isinstance(view, Tensor):
             raise TypeError(f"{name}: expected a tensor of shape [N, D], got {type(view).__name__}")
         if view.layout != torch.strided:
@@ -128,6 +129,13 @@ def check_views(views: Sequence[Tensor], names: Sequence[str]) -> None:
             )
 
 
+def view_list(views: Any) -> list[Any]:
+    """``views`` as a list: a sequence of tensors, or what yields them."""
+    if not isinstance(views, Iterable):
+        raise TypeError(f"views: expected a sequence of tensors [N, D], got {type(views).__name__}")
+    return list(views)
+
+
 def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
     """Raise unless ``sample_ids`` is None or N integers on the embeddings' device."""
     if sample_ids is None:
@@ -137,7 +145,9 @@ def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
             f"sample_ids: expected an integer tensor of shape [N], got {type(sample_ids).__name__}"
         )
     if sample_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"sample_ids: expected an integer dtype, got {sample_ids.dtype}")
+        raise TypeError(
+            f"sample_ids: expected dtype int64, int32, int16, int8 or uint8, got {sample_ids.dtype}"
+        )
     if sample_ids.dim() != 1 or sample_ids.shape[0] != like.shape[0]:
         raise ValueError(f"sample_ids: expected shape [{like.shape[0]}], got {_shape(sample_ids)}")
     if sample_ids.device != like.device:
@@ -166,6 +176,7 @@ def resolve_scale(
     value = logit_scale if logit_scale is not None else temperature
     if value is None:
         value = DEFAULT_TEMPERATURE
+    refuse_dtensor(name, value)
     if isinstance(value, Tensor):
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
@@ -178,12 +189,40 @@ def resolve_scale(
         # A [] tensor as it is: reshaping it would add a node to the graph.
         scale = (value.reshape(()) if value.dim() else value).to(accum_dtype)
         return (scale if name == "logit_scale" else scale.reciprocal()), None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    check_positive(name, value, "a Python number or a tensor", accum_dtype)
     number = float(value) if name == "logit_scale" else 1.0 / value
     return torch.full((), number, dtype=accum_dtype, device=device), number
+
+
+def check_positive(
+    name: str,
+    value: Any,
+    expected: str = "a Python number",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Raise unless ``value`` is a number > 0 that ``dtype`` can hold, as well as its inverse."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    largest = torch.finfo(dtype).max
+    if not 1 / largest <= value <= largest:
+        raise ValueError(f"{name}: expected a number within {dtype}'s range, got {value}")
+
+
+def check_compute_dtype(compute_dtype: Any) -> None:
+    """Raise unless it is one that products can have."""
+    if compute_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            "compute_dtype: expected torch.float64, float32, bfloat16 or float16, got "
+            f"{compute_dtype!r}"
+        )
+
+
+def check_normalize(normalize: Any) -> None:
+    """Raise unless it is a bool."""
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize: expected True or False, got {normalize!r}")
 
 
 def resolve_dtypes(
@@ -199,13 +238,14 @@ def resolve_dtypes(
         compute_dtype = views[0].dtype
         for view in views[1:]:
             compute_dtype = torch.promote_types(compute_dtype, view.dtype)
-        if compute_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        if (
+            compute_dtype != torch.float64
+            and torch.amp.is_autocast_available(device_type)
+            and torch.is_autocast_enabled(device_type)
+        ):
             compute_dtype = torch.get_autocast_dtype(device_type)
-    elif compute_dtype not in FLOAT_DTYPES:
-        raise ValueError(
-            "compute_dtype: expected torch.float64, float32, bfloat16 or float16, got "
-            f"{compute_dtype}"
-        )
+    else:
+        check_compute_dtype(compute_dtype)
     if compute_dtype in HALF_DTYPES and device_type != "cuda":
         compute_dtype = torch.float32
     accum_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
@@ -218,11 +258,18 @@ def _rows(name: str, value: Any, num_views: int, entry: str) -> list[list[Any]]:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         # Its values are checked, and reading them from another device would synchronise.
         raise ValueError(f"{name}: expected a table on the CPU, got a tensor on {value.device}")
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name}: expected constants, got a tensor that requires a gradient")
     if hasattr(value, "tolist"):
         value = value.tolist()
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: expected {shape}, got {type(value).__name__}")
-    rows = [list(row) if isinstance(row, (list, tuple)) else [] for row in value]
+    rows = []
+    for row in value:
+        row = row.tolist() if hasattr(row, "tolist") else row
+        if not isinstance(row, (list, tuple)):
+            raise TypeError(f"{name}: expected {shape}, got a row of type {type(row).__name__}")
+        rows.append(list(row))
     if len(rows) != num_views or any(len(row) != num_views for row in rows):
         raise ValueError(
             f"{name}: expected {shape}, got {len(rows)} rows of lengths {[len(r) for r in rows]}"
@@ -255,6 +302,8 @@ def weight_table(name: str, value: Any, num_views: int) -> FloatTable:
             total += entry
     if total == 0:
         raise ValueError(f"{name}: expected at least one positive weight, got all zeros")
+    if total == math.inf:
+        raise ValueError(f"{name}: expected weights with a finite sum, got {value}")
     return tuple(tuple(entry / total for entry in row) for row in rows)
 
 

@@ -41,6 +41,8 @@ FUNCTIONS = {
     "gcl, temperature": lambda e, s: gcl_kernels.gcl_loss(*e, temperature=0.1) + 0 * s,
     "clip": lambda e, s: gcl_kernels.clip_loss(e[0], e[1], s),
     "nt_xent": lambda e, s: gcl_kernels.nt_xent_loss(e[0], e[1], s),
+    "gcl, one tensor twice": lambda e, s: gcl_kernels.gcl_loss(e[0], e[0], e[1], s),
+    "gcl, fused, one tensor twice": lambda e, s: gcl_kernels.gcl_loss(e[0], e[0], None, s),
     "reference": lambda e, s: gcl_kernels.gcl_loss(*e, s, backend="reference"),
     "neg_lse": lambda e, s: gcl_kernels.neg_lse(e, s).mean(),
 }
@@ -99,6 +101,19 @@ def test_module_and_autocast():
             loss = compiled(*views)
             assert loss.dtype == torch.float32
             torch.testing.assert_close(loss, module(*views))
+
+
+@pytest.mark.parametrize("num_views", [2, 3])
+def test_exported_for_batches_of_any_size(num_views):
+    module = gcl_kernels.GCLLoss(learnable_scale=True)
+    samples = torch.export.Dim("samples", min=2, max=4096)
+    example = tuple(v.detach() for v in views_of(num_views))
+    shapes = {"e_i": {0: samples}, "e_t": {0: samples}}
+    shapes |= {"e_it": {0: samples}} if num_views == 3 else {}
+    exported = torch.export.export(module, example, dynamic_shapes=shapes).module()
+    for n in (5, 900):  # one block, and several
+        views = [v.detach() for v in views_of(num_views, n)]
+        torch.testing.assert_close(exported(*views), module(*views))
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -333,6 +333,40 @@ def test_same_bits_every_time(backend, device, tiling, fixed):
         assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
 
 
+def test_default_device_is_not_asked(backend, device):
+    """Where ``torch.set_default_device`` names another than the embeddings'."""
+    views = [v.float() for v in random_views(8, 6, device)]
+
+    def losses():
+        return [
+            gcl_kernels.gcl_loss(*views, backend=backend),
+            gcl_kernels.gcl_loss(*views[:2], backend=backend),
+            gcl_kernels.gcl_loss(*views, other_positives="exclude", backend=backend),
+            gcl_kernels.clip_loss(*views[:2], backend=backend),
+        ]
+
+    expected = losses()
+    with torch.device("meta"):
+        results = losses()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("num_views", [2, 3])
+def test_saved_tensors_may_come_back_in_another_layout(backend, device, tiling, num_views):
+    def transposed(tensor: Tensor) -> Tensor:
+        return tensor.mT.contiguous().mT if tensor.dim() >= 2 else tensor
+
+    gradients = []
+    for unpack in (lambda tensor: tensor, transposed):
+        views = [v.float().requires_grad_() for v in random_views(20, 16, device)[:num_views]]
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            loss = gcl_kernels.gcl_loss(*views, temperature=0.1, backend=backend)
+        loss.backward()
+        gradients.append([v.grad for v in views])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_backward_twice_with_retained_graph(backend, device, tiling):
     views = [v.float().requires_grad_() for v in random_views(20, 16, device)]
     loss = gcl_kernels.gcl_loss(*views, torch.tensor(20.0, device=device), backend=backend)

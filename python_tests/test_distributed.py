@@ -586,6 +586,16 @@ def test_compiles(pool, fuses):
             torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
+def group_argument() -> tuple[str, int]:
+    return distributed.resolve_group("world", "gather", "tiled"), dist.get_world_size()
+
+
+def test_what_operators_are_given_depends_on_the_number_of_processes(pool):
+    """For torch.compile's caches: jobs of two and of three processes have groups of one name."""
+    for argument, processes in pool.run(group_argument):
+        assert argument.startswith(f"{processes}:")
+
+
 def without_grad() -> tuple[Tensor, Tensor]:
     views = random_views(6, 8, dist.get_rank())
     with torch.no_grad():
@@ -663,9 +673,18 @@ def at_scales(scale: float, step: float) -> float | str:
         return str(error)
 
 
+def with_a_bad_scale_in_rank_1() -> float | str:
+    scale = torch.tensor(torch.nan if dist.get_rank() == 1 else 20.0)
+    try:
+        return gcl_kernels.gcl_loss(*random_views(4, 6), scale, group="world").item()
+    except ValueError as error:
+        return str(error)
+
+
 def test_scales_of_different_last_bits(pool):
     assert all(loss > 0 for loss in pool.run(at_scales, 20.0, 1e-7))
     assert all(loss != loss for loss in pool.run(at_scales, torch.nan, 0.0))
+    assert all("same logit_scale" in error for error in pool.run(with_a_bad_scale_in_rank_1))
     # Neighbours are close, the first and the last are not: all must come to one verdict.
     assert all("same logit_scale" in error for error in pool.run(at_scales, 20.0, 0.6e-5))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -37,8 +38,13 @@ CASES = {
     "1-D": (lambda: gcl_loss(E[0], E), ValueError, r"e_i: expected a 2-D.*1-D shape \[8\]"),
     "scale in the place of e_it": (
         lambda: gcl_loss(E, E, torch.tensor(10.0)),
-        ValueError,
-        r"e_it: expected a 2-D",
+        TypeError,
+        r"e_it: expected a 2-D.*fourth argument",
+    ),
+    "number in the place of e_it": (
+        lambda: gcl_loss(E, E, 10.0),
+        TypeError,
+        r"e_it: expected a 2-D.*fourth argument",
     ),
     "integers": (
         lambda: gcl_loss(E, E.long()),
@@ -52,6 +58,21 @@ CASES = {
         lambda: gcl_loss(E, E.as_subclass(DTensor)),
         TypeError,
         r"e_t: .*DTensor.*to_local",
+    ),
+    "DTensor as scale": (
+        lambda: gcl_loss(E, E, None, torch.tensor(9.0).as_subclass(DTensor)),
+        TypeError,
+        r"logit_scale: .*DTensor.*to_local",
+    ),
+    "DTensor as fusion weight": (
+        lambda: gcl_loss(E, E, fusion_weights=(torch.tensor(9.0).as_subclass(DTensor), 1.0)),
+        TypeError,
+        r"fusion_weights\[0\]: .*DTensor.*to_local",
+    ),
+    "weights to learn": (
+        lambda: clip_loss(E, E, pair_weights=torch.ones(2, 2, requires_grad=True)),
+        ValueError,
+        r"pair_weights: expected constants, got a tensor that requires a gradient",
     ),
     "device": (lambda: clip_loss(E, E.to("meta")), ValueError, r"e_t: expected device cpu.*meta"),
     "negative weight": (
@@ -84,6 +105,16 @@ CASES = {
         ValueError,
         r"pair_weights: expected 3 x 3.*2 rows of lengths \[2, 2\]",
     ),
+    "weights whose sum overflows": (
+        lambda: clip_loss(E, E, pair_weights=[[0, 1e308], [1e308, 0]]),
+        ValueError,
+        r"pair_weights: expected weights with a finite sum, got",
+    ),
+    "weights a flat list": (
+        lambda: gcl_loss(E, E, pair_weights=[1.0] * 9),
+        TypeError,
+        r"pair_weights: expected 3 x 3 numbers, got a row of type float",
+    ),
     "weights no table": (
         lambda: gcl_loss(E, E, pair_weights=1.0),
         TypeError,
@@ -114,6 +145,21 @@ CASES = {
         ValueError,
         r"temperature: expected.*got -1",
     ),
+    "temperature whose inverse overflows": (
+        lambda: gcl_loss(E, E, temperature=1e-320),
+        ValueError,
+        r"temperature: expected a number within torch.float32's range, got 1e-320",
+    ),
+    "scale beyond float32": (
+        lambda: gcl_loss(E, E, logit_scale=1e39),
+        ValueError,
+        r"logit_scale: expected a number within torch.float32's range, got 1e\+39",
+    ),
+    "scale beyond all floats": (
+        lambda: gcl_loss(E.double(), E.double(), logit_scale=10**400),
+        ValueError,
+        r"logit_scale: expected a number within torch.float64's range, got 1000",
+    ),
     "scale NaN": (
         lambda: gcl_loss(E, E, logit_scale=float("nan")),
         ValueError,
@@ -132,7 +178,7 @@ CASES = {
     "scale no number": (
         lambda: gcl_loss(E, E, None, "10"),
         TypeError,
-        r"logit_scale: expected a number.*str",
+        r"logit_scale: expected a Python number or a tensor, got str",
     ),
     "scale elsewhere": (
         lambda: gcl_loss(E, E, None, torch.ones((), device="meta")),
@@ -185,6 +231,31 @@ CASES = {
         ValueError,
         r"fusion_weights\[1\]: expected a finite",
     ),
+    "complex fusion weight": (
+        lambda: gcl_loss(E, E, fusion_weights=(1.0, torch.tensor(1j))),
+        TypeError,
+        r"fusion_weights\[1\]: expected a floating tensor, got torch.complex64",
+    ),
+    "normalize no bool": (
+        lambda: gcl_loss(E, E, normalize="no"),
+        TypeError,
+        r"normalize: expected True or False, got 'no'",
+    ),
+    "ids of an unsigned dtype": (
+        lambda: gcl_loss(E, E, sample_ids=torch.arange(4).to(torch.uint16)),
+        TypeError,
+        r"sample_ids: expected dtype int64, int32, int16, int8 or uint8, got torch.uint16",
+    ),
+    "views no sequence": (
+        lambda: multiview_contrastive_loss(None),
+        TypeError,
+        r"views: expected a sequence of tensors \[N, D\], got NoneType",
+    ),
+    "views a number": (
+        lambda: neg_lse(5),
+        TypeError,
+        r"views: expected a sequence of tensors \[N, D\], got int",
+    ),
     "one view": (
         lambda: multiview_contrastive_loss([E]),
         ValueError,
@@ -195,6 +266,31 @@ CASES = {
         lambda: GCLLoss(temperature=-0.1),
         ValueError,
         r"temperature: .*got -0.1",
+    ),
+    "module temperature a tensor": (
+        lambda: GCLLoss(temperature=torch.tensor(0.1)),
+        TypeError,
+        r"temperature: expected a Python number, got Tensor",
+    ),
+    "module scale above its bound": (
+        lambda: GCLLoss(learnable_scale=True, max_logit_scale=10.0),
+        ValueError,
+        r"temperature: expected at least 1 / max_logit_scale = 0.1, got 0.07",
+    ),
+    "module normalize": (
+        lambda: GCLLoss(normalize=None),
+        TypeError,
+        r"normalize: expected True or False, got None",
+    ),
+    "module dtype": (
+        lambda: GCLLoss(compute_dtype="bf16"),
+        ValueError,
+        r"compute_dtype: expected torch.float64.*got 'bf16'",
+    ),
+    "module backend": (
+        lambda: GCLLoss(backend="gpu"),
+        ValueError,
+        r"backend: expected one of 'auto'.*got 'gpu'",
     ),
     "module fusion weights": (
         lambda: GCLLoss(fusion_weights=(1.0, "2")),
@@ -248,9 +344,18 @@ def test_module_owns_a_bounded_learnable_scale():
     torch.testing.assert_close(module(E, E.flip(0)), gcl_loss(E, E.flip(0), logit_scale=20.0))
     module(E, E.flip(0)).backward()
     assert parameter.grad is not None and parameter.grad != 0
+    # Beyond its bound it is used at the bound, and goes on learning.
     with torch.no_grad():
         parameter.fill_(10.0)
-    torch.testing.assert_close(module(E, E.flip(0)), gcl_loss(E, E.flip(0), logit_scale=50.0))
+    parameter.grad = None
+    at_bound = torch.tensor(50.0, requires_grad=True)
+    expected = gcl_loss(E, E.flip(0), None, at_bound)
+    loss = module(E, E.flip(0))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert parameter.exp().item() == pytest.approx(50)
+    torch.testing.assert_close(parameter.grad, 50 * at_bound.grad)
     plain = GCLLoss()
     assert not list(plain.parameters())
     torch.testing.assert_close(plain(E, E.flip(0)), gcl_loss(E, E.flip(0), temperature=0.07))
@@ -259,6 +364,18 @@ def test_module_owns_a_bounded_learnable_scale():
         plain(E, E.flip(0), E + 1, 3.0, sample_ids=ids),
         gcl_loss(E, E.flip(0), E + 1, 3.0, sample_ids=ids),
     )
+
+
+def test_module_owns_the_fusion_weights_that_are_parameters():
+    alpha = torch.nn.Parameter(torch.tensor(0.5))
+    module = copy.deepcopy(GCLLoss(fusion_weights=(alpha, 2.0)))
+    ((name, parameter),) = module.double().named_parameters()
+    assert name == "alpha" and parameter is not alpha and parameter.dtype == torch.float64
+    e_t = E.flip(0).double()
+    module(E.double(), e_t).backward()
+    expected = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    gcl_loss(E.double(), e_t, fusion_weights=(expected, 2.0)).backward()
+    torch.testing.assert_close(parameter.grad, expected.grad)
 
 
 def _fresh(code: str) -> str:

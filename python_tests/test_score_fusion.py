@@ -200,6 +200,36 @@ def test_bad_numbers_make_nan(backend, device, tiling, bad, normalize):
     assert loss.isnan()
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1e20, 1e20)])
+def test_fused_length_that_overflows_makes_nan(backend, device, tiling, weights):
+    """Where the bases' own lengths are finite."""
+    e_i = torch.full((2, 8), 6e18 if weights == (1, 1) else 1.0, device=device)
+    e_i[1, ::2] *= -1
+    e_i[0] /= 1e3
+    loss = gcl_kernels.gcl_loss(
+        e_i, e_i.clone(), temperature=0.1, fusion_weights=weights, backend=backend
+    )
+    assert loss.isnan()
+
+
+def test_keeps_a_fused_vector_beside_itself_where_its_parts_cancel(backend, device, tiling):
+    """Its similarity to itself is one, whatever the rounding of its parts."""
+    generator = torch.Generator().manual_seed(0)
+    e_i, e_t, noise = torch.randn(3, 64, 32, generator=generator)
+    e_t[5] = -e_i[5] + 1e-3 * noise[5]  # a + b of about 1800
+
+    def gradient(dtype: torch.dtype, backend: str) -> Tensor:
+        leaf = e_i.to(device, dtype).requires_grad_()
+        gcl_kernels.gcl_loss(
+            leaf, e_t.to(device, dtype), None, 14.3, self_similarity="keep", backend=backend
+        ).backward()
+        return leaf.grad.double()
+
+    exact = gradient(torch.float64, "reference")
+    error = gradient(torch.float32, backend) - exact
+    assert error.norm() < 0.02 * exact.norm()
+
+
 @pytest.mark.parametrize("needs", [(1, 0, 0, 0), (0, 1, 0, 1), (0, 0, 1, 0), (0, 0, 0, 1)], ids=str)
 def test_subset_of_inputs(backend, device, tiling, needs):
     values = [*(v.float() for v in random_views(20, 8, device)[:2])]
@@ -341,9 +371,9 @@ def test_half_products(emulated_half_products, tiling, dtype, upstream):
 def test_opcheck(needs):
     views = [v.float() for v in random_views(12, 6, torch.device("cpu"))[:2]]
     mixing = torch.tensor([[1, 0], [0, 1], [0.5, 2.0]])
-    static = ([True] * 9, [0, 1, -1], True, None)
+    static = ([True] * 9, [0, 1, 0, 2, 2, 2], [0, 1, -1], True, None)
     forward = (*views, mixing, torch.tensor(3.0), None)
-    forward += (static[0], [0, 1, 0, 2], *static[1:], torch.float32, "tiled", "", "gather", needs)
+    forward += (*static, torch.float32, "tiled", "", "gather", needs)
     opcheck(torch.ops.gcl_kernels.fused_neg_lse.default, forward)
     neg_lse, own_logits, *saved = torch.ops.gcl_kernels.fused_neg_lse(*forward)
     grads = (torch.rand_like(neg_lse), torch.rand_like(own_logits))
@@ -358,7 +388,7 @@ def test_product_count(monkeypatch):
 
     n, d, rows = 256, 32, 32
     count = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    static = ([True] * 9, [0, 1, -1], True, None)
+    static = ([True] * 9, [], [0, 1, -1], True, None)
     mixing, scale = torch.tensor([[1.0, 0], [0, 1], [1, 1]]), torch.tensor(9.0)
 
     def measure(needs):
@@ -366,7 +396,7 @@ def test_product_count(monkeypatch):
         inputs = (*views, mixing, scale, None)
         with FlopCounterMode(display=False, custom_mapping=count) as counter:
             neg_lse, own_logits, *saved = score_fusion._forward(
-                *inputs, static[0], [], *static[1:], torch.float32, "tiled", "", "gather", needs
+                *inputs, *static, torch.float32, "tiled", "", "gather", needs
             )
             grads = (torch.ones_like(neg_lse), torch.ones_like(own_logits))
             score_fusion._backward(

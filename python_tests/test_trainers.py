@@ -320,7 +320,9 @@ def test_errors(model):
         GCLLoss(model, mini_batch_size=2)(features * 2)
     with pytest.raises(ValueError, match="scale: expected a finite number > 0, got 0"):
         GCLLoss(model, 0)
-    with pytest.raises(ValueError, match="mini_batch_size: expected None or at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="mini_batch_size: expected None or an integer of at least 1, got 0"
+    ):
         GCLLoss(model, mini_batch_size=0)
     with pytest.raises(ValueError, match="other_positives"):
         GCLLoss(model, other_positives="ignore")

@@ -47,8 +47,8 @@ void embed_fused(const FusedEmbedding<T>& s, int64_t start, int64_t stop) {
       for (int b = 0; b < 2; ++b) {
         T coefficient = m[b];
         if (s.normalize && s.bases[v] < 0)
-          // A zero vector's are zero; a length of NaN is none.
-          coefficient = length <= s.eps ? T(0) : m[b] / (of[b].inverse * length);
+          // A zero vector's are zero; a length of NaN is none, nor is one that overflowed.
+          coefficient = length <= s.eps ? T(0) : m[b] / (of[b].inverse * length) + length * T(0);
         s.coefficients[(v * 2 + b) * s.samples + j] = coefficient;
       }
     }

@@ -356,9 +356,13 @@ def create_model_and_transforms(
 
 
 def _checked_fusion_weights(fusion_weights: Sequence[float]) -> tuple[float, float]:
-    weights = tuple(float(weight) for weight in fusion_weights)
-    if len(weights) != 2 or not all(map(math.isfinite, weights)) or not any(weights):
+    try:
+        alpha, beta = map(float, fusion_weights)
+        valid = math.isfinite(alpha) and math.isfinite(beta) and (alpha, beta) != (0, 0)
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
         raise ValueError(
             f"fusion_weights: expected two finite numbers, not both zero, got {fusion_weights!r}"
         )
-    return weights
+    return alpha, beta

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import gcl_kernels
+from gcl_kernels.spec import check_positive
 
 try:
     from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
@@ -83,13 +84,13 @@ class GCLLoss(CachedLossMixin, nn.Module):
         exchange: str = "gather",
     ) -> None:
         super().__init__()
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+        check_positive("scale", scale)
         self.uses_gradient_cache = mini_batch_size is not None
         if mini_batch_size is not None:
-            if mini_batch_size < 1:
+            if not isinstance(mini_batch_size, int) or mini_batch_size < 1:
                 raise ValueError(
-                    f"mini_batch_size: expected None or at least 1, got {mini_batch_size}"
+                    "mini_batch_size: expected None or an integer of at least 1, got "
+                    f"{mini_batch_size!r}"
                 )
             if has_static_embedding_input(model):
                 raise ValueError(
