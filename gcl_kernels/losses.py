@@ -199,7 +199,7 @@ def _gcl(
     given: Arguments,
 ) -> Tensor:
     if e_it is not None:
-        if isinstance(e_it, float) or isinstance(e_it, Tensor) and e_it.dim() == 0:
+        if isinstance(e_it, (int, float)) or isinstance(e_it, Tensor) and e_it.dim() == 0:
             raise TypeError(
                 "e_it: expected a 2-D tensor [N, D] or None, got a scalar; logit_scale is the "
                 "fourth argument"

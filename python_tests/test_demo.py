@@ -284,7 +284,7 @@ def test_short_run_writes_everything(data, tmp_path, capsys, monkeypatch):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(entry, "NEEDED", ("torch", "no_such_package"))
-    with pytest.raises(SystemExit, match=r"no_such_package.*gcl_kernels\[demo\]"):
+    with pytest.raises(SystemExit, match=r"no_such_package.*pip install -e .*\[demo\]"):
         entry.main()
 
 

@@ -452,15 +452,16 @@ def test_memory(monkeypatch, road, exchange):
     scale, needs = torch.tensor(20.0), [True] * 4
     mixing = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
     inputs = (*views, mixing, scale, None) if fuses else (views, scale, None)
-    bases = ([0, 1, -1],) if fuses else ()
+    pairs, bases = [0, 1], [0, 1, -1]
+    of_fused = (pairs, bases) if fuses else ()
     where = ("tiled", "group", exchange)
     with _Memory(views) as forward:
         neg_lse, own_logits, *saved = module._forward(
-            *inputs, [True] * 9, [0, 1], *bases, True, None, torch.float32, *where, needs
+            *inputs, [True] * 9, *(of_fused or (pairs,)), True, None, torch.float32, *where, needs
         )
     with _Memory([*views, *saved]) as backward:
         module._backward(
-            *inputs, [True] * 9, *bases, True, None, *where, *saved, neg_lse,
+            *inputs, [True] * 9, *of_fused, True, None, *where, *saved, neg_lse,
             torch.ones_like(neg_lse), torch.ones_like(own_logits), needs,
         )  # fmt: skip
     shard = len(views) * n * d

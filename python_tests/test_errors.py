@@ -42,7 +42,7 @@ CASES = {
         r"e_it: expected a 2-D.*fourth argument",
     ),
     "number in the place of e_it": (
-        lambda: gcl_loss(E, E, 10.0),
+        lambda: gcl_loss(E, E, 10),
         TypeError,
         r"e_it: expected a 2-D.*fourth argument",
     ),

@@ -138,17 +138,15 @@ def test_operators(operations, request, backend, dtype, ids):
     def step() -> None:
         views, s = embeddings(3, dtype, n), torch.empty((), device=CUDA)
         sample_ids = torch.empty(n, dtype=torch.int64, device=CUDA) if ids else None
-        pairs, place, needs = [0, 1, 0, 2, 1, 2], (backend, "", "gather"), [True] * 4
+        pairs, place, needs = [0, 1, 0, 2, 1, 2, 2, 2], (backend, "", "gather"), [True] * 4
         given = (FULL, pairs, True, None, dtype, *place, needs)
         lse, own, *saved = negatives._forward(views, s, sample_ids, *given)
         assert {x.device for x in saved} == {CUDA}  # else one CUDA graph could not hold it
         given = (views, s, sample_ids, FULL, True, None, *place, *saved)
         negatives._backward(*given, lse, lse, own, needs)
         bases, mixing = [0, 1, -1], torch.empty(3, 2, device=CUDA)
-        given = (*views[:2], mixing, s, sample_ids, FULL)
-        lse, own, *saved = score_fusion._forward(
-            *given, pairs, bases, True, None, dtype, *place, needs
-        )
+        given = (*views[:2], mixing, s, sample_ids, FULL, pairs)
+        lse, own, *saved = score_fusion._forward(*given, bases, True, None, dtype, *place, needs)
         assert {x.device for x in saved} == {CUDA}
         score_fusion._backward(*given, bases, True, None, *place, *saved, lse, lse, own, needs)
 
