@@ -42,11 +42,13 @@ from gcl_kernels.distributed import (
 from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.operators import (
     LIBRARY,
+    NO_DOUBLE_BACKWARD,
+    NO_OWN_GRADIENT,
     OwnPairs,
     distinct,
     known_scale,
     needing_grad,
-    refuse_double_backward,
+    refuse_backward,
     subtractable,
     unflatten,
     unwatched,
@@ -412,7 +414,8 @@ def _backward_fake(views: Sequence[Tensor], scale: Tensor, *rest: Any) -> list[T
     return [*grads, scale.new_empty(())]
 
 
-refuse_double_backward("neg_lse_backward")
+refuse_backward("neg_lse", NO_OWN_GRADIENT)
+refuse_backward("neg_lse_backward", NO_DOUBLE_BACKWARD)
 
 
 class NegLSE(torch.autograd.Function):

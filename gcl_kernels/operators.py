@@ -40,15 +40,21 @@ def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def refuse_double_backward(name: str) -> None:
-    """Make differentiating the operator ``gcl_kernels::name`` a clear error."""
+def refuse_backward(name: str, reason: str) -> None:
+    """Make differentiating the operator ``gcl_kernels::name`` an error: PyTorch would warn, and
+    leave the gradient out."""
 
     def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(
-            "gcl_kernels: the gradient of the gradient exists with backend='reference' only"
-        )
+        raise NotImplementedError(f"gcl_kernels: {reason}")
 
     torch.library.register_autograd(f"gcl_kernels::{name}", refuse, lib=LIBRARY)
+
+
+NO_OWN_GRADIENT = (
+    "the gradient belongs to the loss functions; their operators alone, as a program of "
+    "torch.export holds them, have none"
+)
+NO_DOUBLE_BACKWARD = "the gradient of the gradient exists with backend='reference' only"
 
 
 OwnPairs = tuple[tuple[int, int], ...]

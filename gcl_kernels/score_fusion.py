@@ -49,11 +49,13 @@ from gcl_kernels.distributed import (
 from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
     LIBRARY,
+    NO_DOUBLE_BACKWARD,
+    NO_OWN_GRADIENT,
     OwnPairs,
     distinct,
     known_scale,
     needing_grad,
-    refuse_double_backward,
+    refuse_backward,
     subtractable,
     unflatten,
     unwatched,
@@ -414,7 +416,8 @@ LIBRARY.define(
 )
 LIBRARY.impl("fused_neg_lse", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_neg_lse_backward", _backward, "CompositeExplicitAutograd")
-refuse_double_backward("fused_neg_lse_backward")
+refuse_backward("fused_neg_lse", NO_OWN_GRADIENT)
+refuse_backward("fused_neg_lse_backward", NO_DOUBLE_BACKWARD)
 
 
 @torch.library.register_fake("gcl_kernels::fused_neg_lse", lib=LIBRARY)

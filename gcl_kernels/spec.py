@@ -238,9 +238,10 @@ def resolve_dtypes(
         compute_dtype = views[0].dtype
         for view in views[1:]:
             compute_dtype = torch.promote_types(compute_dtype, view.dtype)
+        has_autocast = device_type != "meta"
         if (
             compute_dtype != torch.float64
-            and torch.amp.is_autocast_available(device_type)
+            and has_autocast
             and torch.is_autocast_enabled(device_type)
         ):
             compute_dtype = torch.get_autocast_dtype(device_type)

@@ -113,7 +113,10 @@ def test_exported_for_batches_of_any_size(num_views):
     exported = torch.export.export(module, example, dynamic_shapes=shapes).module()
     for n in (5, 900):  # one block, and several
         views = [v.detach() for v in views_of(num_views, n)]
-        torch.testing.assert_close(exported(*views), module(*views))
+        loss = exported(*views)
+        torch.testing.assert_close(loss, module(*views))
+    with pytest.raises(NotImplementedError, match="torch.export"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("normalize", [True, False])
