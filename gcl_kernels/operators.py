@@ -29,11 +29,11 @@ def needing_grad(*tensors: Tensor) -> list[bool]:
     return [recorded and tensor.requires_grad for tensor in tensors]
 
 
-def distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+def distinct(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """A view in place of each tensor that came before: while ``torch.compile`` traces, an
     ``autograd.Function`` takes none twice."""
     if not torch.compiler.is_compiling():
-        return list(tensors)
+        return tensors
     return [
         tensor.view_as(tensor) if any(tensor is other for other in tensors[:index]) else tensor
         for index, tensor in enumerate(tensors)

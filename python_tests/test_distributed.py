@@ -665,21 +665,20 @@ def test_different_calls_fail_in_every_process_and_the_next_succeeds(pool, case)
         assert after == ""
 
 
-def at_scales(scale: float, step: float) -> float | str:
-    """The loss where the scale grows by ``step`` from rank to rank."""
-    views, scale = random_views(4, 6), scale * (1 + step * dist.get_rank())
+def loss_or_error(scale: float) -> float | str:
     try:
-        return gcl_kernels.gcl_loss(*views, torch.tensor(scale), group="world").item()
+        return gcl_kernels.gcl_loss(*random_views(4, 6), torch.tensor(scale), group="world").item()
     except ValueError as error:
         return str(error)
+
+
+def at_scales(scale: float, step: float) -> float | str:
+    """The loss where the scale grows by ``step`` from rank to rank."""
+    return loss_or_error(scale * (1 + step * dist.get_rank()))
 
 
 def with_a_bad_scale_in_rank_1() -> float | str:
-    scale = torch.tensor(torch.nan if dist.get_rank() == 1 else 20.0)
-    try:
-        return gcl_kernels.gcl_loss(*random_views(4, 6), scale, group="world").item()
-    except ValueError as error:
-        return str(error)
+    return loss_or_error(torch.nan if dist.get_rank() == 1 else 20.0)
 
 
 def test_scales_of_different_last_bits(pool):
