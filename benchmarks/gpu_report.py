@@ -6,6 +6,7 @@ Parts, in this order, each written to the JSON as soon as it is measured:
                unless asked by ``--unverified``, which the record shows
     floor      rate of torch.mm, 8192 cubed, in each dtype
     training   steps of three linear towers from logit scale 100: losses beside dense float32
+    embeddings unit vectors and their gradients alone, O(M D): time, and bytes over time
     limit      the largest problem, N = 131072, D = 768: time and peak memory
     speed      forward, backward and both, and peak memory, for each backend and peer that fits
     graph      a step at logit scale 100 captured in a CUDA graph: replay time, and equal bits in
@@ -46,6 +47,7 @@ from torch import Tensor
 import gcl_kernels
 from benchmarks.peers import chunked_gcl, dense_clip, dense_gcl, on_sum
 from benchmarks.record import RESULTS, environment
+from gcl_kernels import embeddings
 from gcl_kernels.dispatch import BACKENDS
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +55,7 @@ PARITY = [
     "test_contract.py",
     "test_score_fusion.py",
     "test_kernels.py",
+    "test_embeddings.py",
     "test_triton.py",
     "test_triton_fused.py",
     "test_cuda_host.py",
@@ -424,6 +427,38 @@ def _once(step: Step, device: str) -> dict[str, Any]:
     return {"peak_bytes": peak, "seconds": seconds, "loss": step.both().item()}
 
 
+def _embedding(own: Any, n: int, d: int, device: str) -> dict[str, Any]:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    views = [torch.randn(n, d, device=device, dtype=dtype) for _ in range(3)]
+    scale = torch.tensor(1 / 0.07, device=device)
+    hz, grad_own = torch.randn(3, n, d, device=device), torch.randn(3, 3, n, device=device)
+
+    def step() -> None:
+        z, norm, inverse, dots, _ = own.embed(views, [(0, 1), (0, 2), (1, 2)], True, dtype, scale)
+        given = (views, True, z, norm, inverse, dots, hz, grad_own, scale, (True,) * 3)
+        own.embed_backward(*given)
+
+    (seconds,) = medians([step], device)
+    # Read e, write z; read e and H z, write the gradient.
+    moved = 3 * n * d * (4 * dtype.itemsize + 4)
+    return {"ms": 1e3 * seconds, "gb_per_s": 1e-9 * moved / seconds}
+
+
+def embeddings_alone(report: Report) -> list[dict[str, Any]]:
+    """``embed`` and ``embed_backward`` of three views, PyTorch's calls and each backend's own."""
+    functions: dict[str, Any] = {"PyTorch": embeddings}
+    for name in backend_names(report.device):
+        if BACKENDS[name].embed is not embeddings.embed:
+            functions[name] = BACKENDS[name]
+    rows = []
+    for n in (64,) if report.quick else (1024, 8192, 32768):
+        for name, own in functions.items():
+            if report.allows("embeddings", f"{name} {n}", 3):
+                row = {"functions": name, "n": n, "d": 768}
+                rows.append(row | attempt(_embedding, own, n, 768, report.device))
+    return rows
+
+
 def limit(report: Report) -> list[dict[str, Any]]:
     """Time and peak memory of the largest problem."""
     n = 256 if report.quick else LARGEST
@@ -639,6 +674,7 @@ def targets(data: dict[str, Any], backend: str = "triton") -> list[dict[str, Any
 
 PARTS: dict[str, tuple[Callable[[Report], Any], float]] = {
     "training": (training, 200.0),
+    "embeddings": (embeddings_alone, 180.0),
     "limit": (limit, 170.0),
     "speed": (speed, 140.0),
     "graph": (graph, 110.0),

@@ -4,8 +4,7 @@
 
 Triton compiles for a named chip; for NVIDIA, ``cuobjdump`` and ``nvdisasm``, which it ships, read
 the result, for AMD the assembly text says the same. ``python_tests/test_triton_compile.py`` asserts
-on the same numbers, of all but the small tiles that several chips share. Ends with an error where a
-kernel spills registers.
+on most of the same numbers. Ends with an error where a kernel spills registers.
 """
 
 from __future__ import annotations
@@ -27,8 +26,12 @@ from gcl_kernels.backends.triton.tiles import CHIPS, FUSED_TILES, TILES, Tile
 
 TILE_KERNELS = ("stats", "weights", "fused_stats", "fused_weights")
 FOLDS = ("fold", "inner")
+SAMPLE_KERNELS = ("embed", "embed_backward", "embed_fused", "fused_gradients")
 GCL_VIEWS = {"BASES": (0, 1, None), "CANDIDATES": ((True,) * 3,) * 3}
 """What fused kernels are compiled for: image, text, and their sum."""
+
+PAIRS = ((0, 1), (0, 2), (1, 2))
+"""The own-sample similarities that ``gcl_loss`` asks for."""
 
 TRITON_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -54,6 +57,8 @@ class Variant:
     def products(self) -> str:
         if self.kernel in FOLDS:
             return "none"
+        if self.kernel in SAMPLE_KERNELS:
+            return TRITON_DTYPES[self.dtype]
         if self.dtype != torch.float32:
             return TRITON_DTYPES[self.dtype]
         if self.row == "fma" or CHIPS[self.chip].fast_float32:
@@ -96,12 +101,17 @@ def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
                         yield Variant(kernel, chip, row, dtype, diagonal=False)
         for kernel in FOLDS:
             yield Variant(kernel, chip, "large", torch.float32)
+        for kernel in SAMPLE_KERNELS:
+            for dtype in (torch.bfloat16, torch.float32):
+                yield Variant(kernel, chip, "large", dtype)
 
 
 def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     """Types, constants and alignments of a kernel's arguments, as a launch would give them."""
     from gcl_kernels.backends.triton import stats
 
+    if variant.kernel in SAMPLE_KERNELS:
+        return _sample_signature(variant, kernel)
     tile = variant.tile
     tile_k = tile.slice_elements(variant.dtype)
     constants = {
@@ -136,6 +146,44 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
         aligned = signature[name].startswith("*") or (name != "dim" or variant.dim % 16 == 0)
         if aligned and not fixed:
             alignments[index,] = [["tt.divisibility", 16]]
+    return signature, values, alignments
+
+
+def _sample_signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
+    """The same for a kernel over samples, of contiguous views whose rows are aligned."""
+    from gcl_kernels.backends.triton import embeddings
+
+    constants = {
+        "NORMALIZE": True,
+        "ROUNDED": variant.dtype != torch.float32,
+        "PAIRS": PAIRS,
+        "SELF": False,
+        "BASES": tuple(-1 if base is None else base for base in GCL_VIEWS["BASES"]),
+        **embeddings.part_shape(variant.dtype),
+    }
+    of_view = "*" + TRITON_DTYPES[variant.dtype]
+    views = range(2 if "fused" in variant.kernel else 3)
+    types = {
+        "views": (of_view,) * len(views),
+        "grads": (of_view,) * len(views),
+        "strides": (("i32", "constexpr"),) * len(views),
+        "z": of_view,
+        "num_samples": "i32",
+        "dim": "i32",
+    }
+    signature, values, alignments = {}, {}, {}
+    divisible = [["tt.divisibility", 16]]
+    for index, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, "*fp32")
+        if name in constants:
+            values[index,] = constants[name]
+        elif name == "strides":
+            values.update(((index, view, 1), 1) for view in views)
+            alignments.update(((index, view, 0), divisible) for view in views)
+        elif isinstance(signature[name], tuple):
+            alignments.update(((index, view), divisible) for view in views)
+        elif name != "num_samples":
+            alignments[index,] = divisible
     return signature, values, alignments
 
 
@@ -200,7 +248,14 @@ def inspect(variant: Variant) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gcl_kernels.backends.triton import fused_stats, fused_weights, stats, weights
+    from gcl_kernels.backends.triton import (
+        embeddings,
+        fused_embeddings,
+        fused_stats,
+        fused_weights,
+        stats,
+        weights,
+    )
 
     kernel = {
         "stats": stats.stats_kernel,
@@ -209,6 +264,10 @@ def inspect(variant: Variant) -> Resources:
         "fused_stats": fused_stats.fused_stats_kernel,
         "fused_weights": fused_weights.fused_weights_kernel,
         "inner": fused_weights.inner_kernel,
+        "embed": embeddings.embed_kernel,
+        "embed_backward": embeddings.embed_backward_kernel,
+        "embed_fused": fused_embeddings.embed_fused_kernel,
+        "fused_gradients": fused_embeddings.fused_gradients_kernel,
     }[variant.kernel]
     amd = variant.chip.startswith("gfx")
     target = (
@@ -217,6 +276,8 @@ def inspect(variant: Variant) -> Resources:
         else GPUTarget("cuda", int(variant.chip.removeprefix("sm_")), 32)
     )
     options = {}
+    if variant.kernel in SAMPLE_KERNELS:
+        options = {"num_warps": embeddings.WARPS}
     if variant.kernel in TILE_KERNELS:
         options = {"num_warps": variant.tile.warps, "num_stages": variant.tile.stages}
     source = ASTSource(kernel, *_signature(variant, kernel))
@@ -242,7 +303,9 @@ def table(chosen: list[Variant], results: list[Resources]) -> Iterator[str]:
     for variant, r in zip(chosen, results, strict=True):
         size = variant.tile.size
         block = "diagonal" if variant.diagonal else "off diagonal"
-        tile, block = ("-", "any") if variant.kernel in FOLDS else (f"{size} x {size}", block)
+        if variant.kernel not in TILE_KERNELS:
+            block = "any"
+        tile = "-" if block == "any" else f"{size} x {size}"
         row = (
             variant.chip, variant.kernel, tile, variant.products, block, r.registers,
             r.spill_bytes, f"{r.shared_bytes / 1024:.1f}", r.matrix, r.fma, r.exponentials,

@@ -79,8 +79,24 @@ BACKENDS: dict[str, Backend] = {
         cpu.embed_fused,
         cpu.fused_gradients,
     ),
-    "triton": Backend(triton, triton.why_unavailable, triton.why_not),
-    "cuda": Backend(cuda, cuda.why_unavailable, cuda.why_not),
+    "triton": Backend(
+        triton,
+        triton.why_unavailable,
+        triton.why_not,
+        embed=triton.embed,
+        embed_backward=triton.embed_backward,
+        embed_fused=triton.embed_fused,
+        fused_gradients=triton.fused_gradients,
+    ),
+    "cuda": Backend(
+        cuda,
+        cuda.why_unavailable,
+        cuda.why_not,
+        embed=cuda.embed,
+        embed_backward=cuda.embed_backward,
+        embed_fused=cuda.embed_fused,
+        fused_gradients=cuda.fused_gradients,
+    ),
 }
 
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}

@@ -11,6 +11,9 @@ vectors. Backward, from ``hz = H z`` and ``d own = dL/d own``, with ``K_ab = d o
 ``q_a = <(H z)_a, z_a>``, which gives the scale's gradient too: ``dL/ds = 1/2 sum q`` and the own
 logits' share.
 Rows pass in chunks, so that no second float32 copy of all embeddings exists.
+
+``embed_fused`` and ``fused_gradients`` are the same for score fusion; its formulas are in
+``score_fusion``.
 """
 
 from __future__ import annotations
@@ -66,7 +69,8 @@ def _unrounded(
     if z.dtype == dtype:
         return z[:, rows]
     exact = torch.stack([view[rows].to(dtype) for view in views])
-    return exact.mul_(inverse[:, rows].unsqueeze(-1)) if normalize else exact
+    # Like z itself, NaN where the embedding is infinite.
+    return exact.mul_(inverse[:, rows].unsqueeze(-1)) if normalize else exact.add_(exact, alpha=0)
 
 
 def embed(
@@ -129,6 +133,17 @@ def embed(
     return z, norm, inverse, own, mark_absent_(own * scale, own_pairs)
 
 
+def empty_embedded(
+    views: Sequence[Tensor], normalize: bool, compute_dtype: torch.dtype, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what :func:`embed` returns."""
+    num_views, (num_samples, dim) = len(views), views[0].shape
+    z = scale.new_empty(num_views, num_samples, dim, dtype=compute_dtype)
+    norm = scale.new_empty((num_views, num_samples) if normalize else 0)
+    own = scale.new_empty(num_views, num_views, num_samples)
+    return z, norm, torch.empty_like(norm), own, torch.empty_like(own)
+
+
 def embed_backward(
     views: Sequence[Tensor],
     normalize: bool,
@@ -180,10 +195,11 @@ def embed_fused(
     views: Sequence[Tensor],
     mixing: Tensor,
     bases: Sequence[int],
+    own_pairs: Sequence[tuple[int, int]],
     normalize: bool,
     compute_dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The two base embeddings of score fusion, and how the views are made of them.
 
     Args:
@@ -194,10 +210,11 @@ def embed_fused(
     Returns:
         ``z`` [2, N, D]; the bases' ``1 / max(|e|, eps)`` [2, N] and the V views' lengths [V, N]
         (both empty without ``normalize``); ``coefficients`` [V, 2, N], zero for a combination
-        of length zero; ``dots`` [2, 2, N], the bases' own-sample similarities.
+        of length zero; ``dots`` [2, 2, N], the bases' own-sample similarities; the V views'
+        own-sample logits [V, V, N], ``ABSENT`` where not asked for.
     """
     num_samples, dim = views[0].shape
-    device, num_views = views[0].device, len(bases)
+    device, num_views, accum_dtype = views[0].device, len(bases), scale.dtype
     z = torch.empty(2, num_samples, dim, dtype=compute_dtype, device=device)
     dots = torch.empty(2, 2, num_samples, dtype=accum_dtype, device=device)
     inverse = dots.new_empty((2, num_samples) if normalize else 0)
@@ -221,7 +238,28 @@ def embed_fused(
         for b, c in ((0, 0), (0, 1), (1, 1)):
             torch.sum(part[b] * part[c], -1, out=dots[b, c, rows])
     dots[1, 0] = dots[0, 1]
-    return z, inverse, lengths, _coefficients(mixing, bases, inverse, lengths, num_samples), dots
+    coefficients = _coefficients(mixing, bases, inverse, lengths, num_samples)
+    own_logits = _fused_own_logits(coefficients, dots, lengths, own_pairs, scale)
+    return z, inverse, lengths, coefficients, dots, own_logits
+
+
+def empty_fused(
+    views: Sequence[Tensor],
+    num_views: int,
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for what :func:`embed_fused` returns."""
+    num_samples, dim = views[0].shape
+    return (
+        scale.new_empty(2, num_samples, dim, dtype=compute_dtype),
+        scale.new_empty((2, num_samples) if normalize else 0),
+        scale.new_empty((num_views, num_samples) if normalize else 0),
+        scale.new_empty(num_views, 2, num_samples),
+        scale.new_empty(2, 2, num_samples),
+        scale.new_empty(num_views, num_views, num_samples),
+    )
 
 
 def _coefficients(
@@ -238,20 +276,116 @@ def _coefficients(
     return coefficients
 
 
+def pairs_itself(own_pairs: Sequence[tuple[int, int]]) -> bool:
+    """Whether some view is paired with itself."""
+    return any(a == b for a, b in own_pairs)
+
+
+def _similarities(
+    coefficients: Tensor, dots: Tensor, lengths: Tensor, own_pairs: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``<z_v, z_b>`` [V, 2, N] and ``<z_v, z_w>`` [V, V, N] of one sample, from the bases' own;
+    and, where a view is paired with itself, which vectors have unit length [N, V]."""
+    toward_bases = (coefficients.unsqueeze(2) * dots).sum(1)
+    own = (toward_bases.unsqueeze(1) * coefficients).sum(2)
+    unit = None
+    if lengths.numel() and pairs_itself(own_pairs):
+        # Exactly one: as a sum of products its rounding grows with the square of the coefficients.
+        unit = (lengths > NORM_EPS).t()
+        own.diagonal().masked_fill_(unit, 1)
+    return toward_bases, own, unit
+
+
+def _fused_own_logits(
+    coefficients: Tensor,
+    dots: Tensor,
+    lengths: Tensor,
+    own_pairs: Sequence[tuple[int, int]],
+    scale: Tensor,
+) -> Tensor:
+    """Own-sample logits [V, V, N] of the views of score fusion, see :func:`embed_fused`."""
+    _, own, _ = _similarities(coefficients, dots, lengths, own_pairs)
+    return mark_absent_(own * scale, own_pairs)
+
+
+def _fused_pulls(
+    bases: Sequence[int],
+    own_pairs: Sequence[tuple[int, int]],
+    normalize: bool,
+    inverse: Tensor,
+    lengths: Tensor,
+    coefficients: Tensor,
+    dots: Tensor,
+    inner: Tensor,
+    grad_own_logits: Tensor,
+    scale: Tensor,
+    needs_mixing: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The O(N) side of score fusion's gradient: ``Q_bc`` [2, 2, N], the gradients of ``mixing``
+    [V, 2] (empty where not needed) and of the scale. ``inner``: ``U_vb`` of ``score_fusion``."""
+    toward_bases, own, unit = _similarities(coefficients, dots, lengths, own_pairs)
+    half_sum = (coefficients * inner).sum().mul_(0.5)
+    grad_scale = half_sum.add_((grad_own_logits * own).sum())
+    grad_own = grad_own_logits * scale
+    pull = grad_own + grad_own.transpose(0, 1)
+    if unit is not None:
+        pull.diagonal().masked_fill_(unit, 0)  # a constant
+    # <G_v, z_b>; of a view that is a base only its own entry is used, and only that is filled.
+    along_bases = (pull.unsqueeze(2) * toward_bases).sum(1).addcmul_(inner, scale)
+    mixed = (pull.unsqueeze(2) * coefficients).sum(1)
+    if normalize:
+        longer = lengths > NORM_EPS
+        along = (coefficients * along_bases).sum(1).mul_(longer)
+        mixed.addcmul_(along.unsqueeze(1), coefficients, value=-1)
+    towards = (coefficients.unsqueeze(2) * mixed.unsqueeze(1)).sum(0)
+    grad_mixing = inner.new_empty(0)
+    if needs_mixing:
+        if normalize:
+            along_bases.addcmul_(along.unsqueeze(1), toward_bases, value=-1)
+            ratio = (lengths.unsqueeze(1) * inverse).reciprocal_()
+            along_bases.mul_(ratio.where(longer.unsqueeze(1), 0))
+        grad_mixing = along_bases.sum(2)
+        for v, base in enumerate(bases):
+            if base >= 0:
+                grad_mixing[v].zero_()  # a constant
+    return towards, grad_mixing, grad_scale
+
+
+def sum_shares(shares: Tensor, needs_mixing: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of ``mixing`` (empty where not needed) and of the scale from the samples'
+    shares [2 V + 1, N]. Two sums: an operator's results share no memory."""
+    of_scale = shares[-1].sum()
+    if not needs_mixing:
+        return shares.new_empty(0), of_scale
+    return shares[:-1].sum(1).view(-1, 2), of_scale
+
+
 def fused_gradients(
     views: Sequence[Tensor],
+    bases: Sequence[int],
+    own_pairs: Sequence[tuple[int, int]],
     normalize: bool,
     z: Tensor,
     inverse: Tensor,
+    lengths: Tensor,
+    coefficients: Tensor,
+    dots: Tensor,
     r: Tensor,
-    towards: Tensor,
+    inner: Tensor,
+    grad_own_logits: Tensor,
     scale: Tensor,
     needs_grad: Sequence[bool],
-) -> list[Tensor]:
-    """``1/|e_b| (s R_b + sum_c towards[b, c] z_c)`` for each base that needs it (others: empty).
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """``1/|e_b| (s R_b + sum_c Q_bc z_c)`` for each base that needs it (others: empty), and the
+    gradients of ``mixing`` (empty where not needed) and of the scale.
 
-    ``r`` [2, N, D] is in the accumulation dtype and is overwritten.
+    ``r`` [2, N, D] is in the accumulation dtype and is overwritten; ``inner`` [V, 2, N] is ``U`` of
+    ``score_fusion``. ``needs_grad``: of the bases and of ``mixing``.
     """
+    towards, grad_mixing, grad_scale = _fused_pulls(
+        bases, own_pairs, normalize, inverse, lengths, coefficients, dots, inner, grad_own_logits,
+        scale, needs_grad[2],
+    )  # fmt: skip
     _, num_samples, dim = z.shape
     for rows in _chunks(num_samples, dim, z.device):
         exact = _unrounded(views, z, inverse, normalize, rows, r.dtype)
@@ -263,7 +397,8 @@ def fused_gradients(
                 grad.addcmul_(towards[b, c, rows].unsqueeze(-1), exact[c])
             if normalize:
                 grad.mul_(inverse[b, rows].unsqueeze(-1))
-    return [
+    grads = [
         part.to(view.dtype, copy=True) if needs else part.new_empty(0)
-        for part, view, needs in zip(r.unbind(0), views, needs_grad, strict=True)
+        for part, view, needs in zip(r.unbind(0), views, needs_grad[:2], strict=True)
     ]
+    return grads, grad_mixing, grad_scale

@@ -185,11 +185,11 @@ def _add_matrix_gradient(
     sides: _Sides,
     needs_grad: list[bool],
     once: bool = False,
-) -> Tensor:
+) -> Tensor | None:
     """Add ``H z`` to both sides, or write it where one block gives all of it (``once``).
 
     Returns:
-        The share of ``dL/ds`` that half of ``<z, H z>`` leaves out: that of frozen views.
+        The share of ``dL/ds`` that half of ``<z, H z>`` leaves out: that of frozen views, if any.
     """
     *needs_view, needs_scale = needs_grad
     needs_all = all(needs_view)
@@ -202,7 +202,9 @@ def _add_matrix_gradient(
         else:
             backend.add_product(hz, left, right)
 
-    grad_scale = problem.scale.new_zeros(())
+    grad_scale = None
+    if needs_scale and not needs_all:
+        grad_scale = problem.scale.new_zeros(())
     workspace = Workspace(hz_rows.device, plan, kept)
     for block in plan:
         needs_rows = needs_all or needs_view[block.row_start // num_rows]
@@ -212,7 +214,7 @@ def _add_matrix_gradient(
         weights = backend.module.block_weights(problem, block, *sides.lse, *sides.grad, workspace)
         z_a, z_b = problem.z_rows[block.rows], problem.z_cols[block.cols]
         to_rows, to_cols = hz_rows[block.rows], hz_cols[block.cols]
-        if needs_scale and not (needs_rows and needs_cols):
+        if grad_scale is not None and not (needs_rows and needs_cols):
             # A frozen side: <z_A, H_AB z_B> is not found again in that side's rows of hz.
             if needs_cols:
                 to, left, right, along = to_cols, weights.t(), z_a, z_b
@@ -256,7 +258,8 @@ def _matrix_gradient(
     grad_scale = _add_matrix_gradient(backend, problem, plan, kept, sides, needs_grad, once)
     if unit is not None:
         hz.mul_(unit)
-        grad_scale.mul_(unit)
+        if grad_scale is not None:
+            grad_scale.mul_(unit)
     return hz, grad_scale
 
 
@@ -294,8 +297,8 @@ def _add_gradient_of_others(
         if unit is not None:
             hz.addcmul_(hz_own, unit)
             hz_other.mul_(unit)
-            part.mul_(unit)
-        grad_scale.add_(part)
+        if part is not None:
+            grad_scale.add_(part if unit is None else part * unit)
         if not needed:
             return []
         return [PerSample(hz_other if len(needed) == len(hz) else hz_other[needed], 1)]

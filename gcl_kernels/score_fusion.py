@@ -46,7 +46,6 @@ from gcl_kernels.distributed import (
     empty_sizes,
     neg_lse_with_others,
 )
-from gcl_kernels.embeddings import mark_absent_
 from gcl_kernels.operators import (
     LIBRARY,
     NO_DOUBLE_BACKWARD,
@@ -62,7 +61,7 @@ from gcl_kernels.operators import (
     weight_unit,
 )
 from gcl_kernels.problem import FusedProblem, Workspace, empty_kept, neg_lse_by_blocks
-from gcl_kernels.spec import NORM_EPS, NegativesSpec
+from gcl_kernels.spec import NegativesSpec
 
 Bases = tuple[int | None, ...]
 """For each view the base that it is, or None for a combination."""
@@ -111,21 +110,6 @@ def _empty_kept(
     return empty_kept(4 * most_elements(z.shape[1], _ONE_SEGMENT, block_rows), scale)
 
 
-def _similarities(
-    coefficients: Tensor, dots: Tensor, lengths: Tensor, own_pairs: list[int]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``<z_v, z_b>`` [V, 2, N] and ``<z_v, z_w>`` [V, V, N] of one sample, from the bases' own;
-    and, where a view is paired with itself, which vectors have unit length [N, V]."""
-    toward_bases = (coefficients.unsqueeze(2) * dots).sum(1)
-    own = (toward_bases.unsqueeze(1) * coefficients).sum(2)
-    unit = None
-    if lengths.numel() and any(a == b for a, b in unflatten(own_pairs, 2)):
-        # Exactly one: as a sum of products its rounding grows with the square of the coefficients.
-        unit = (lengths > NORM_EPS).t()
-        own.diagonal().masked_fill_(unit, 1)
-    return toward_bases, own, unit
-
-
 def _forward(
     e_0: Tensor,
     e_1: Tensor,
@@ -143,8 +127,9 @@ def _forward(
     exchange: str,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
-    z, inverse, lengths, coefficients, dots = BACKENDS[backend].embed_fused(
-        (e_0, e_1), mixing, bases, normalize, compute_dtype, scale.dtype
+    pairs = unflatten(own_pairs, 2)
+    z, inverse, lengths, coefficients, dots, own_logits = BACKENDS[backend].embed_fused(
+        (e_0, e_1), mixing, bases, pairs, normalize, compute_dtype, scale
     )
     problem = _make_problem(
         z, coefficients, bases, candidates, scale, sample_ids, max_scale, normalize
@@ -172,8 +157,6 @@ def _forward(
     if others is not None:
         rectangle = partial(_rectangle, backend, problem)
         neg_lse = neg_lse_with_others(others, neg_lse, block_stats, rectangle)
-    _, own, _ = _similarities(coefficients, dots, lengths, own_pairs)
-    own_logits = mark_absent_(own * scale, unflatten(own_pairs, 2))
     return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept, sizes
 
 
@@ -367,36 +350,22 @@ def _backward(
     )
     if others is not None:
         _add_gradient_of_others(others, backend, problem, lines, needs_grad[:2], r, inner)
-    toward_bases, own, unit = _similarities(coefficients, dots, lengths, own_pairs)
-    half_sum = (coefficients * inner).sum().mul_(0.5)
-    grad_scale = half_sum.add_((grad_own_logits * own).sum())
-
-    grad_own = grad_own_logits * scale
-    pull = grad_own + grad_own.transpose(0, 1)
-    if unit is not None:
-        pull.diagonal().masked_fill_(unit, 0)  # a constant
-    # <G_v, z_b>; of a view that is a base only its own entry is used, and only that is filled.
-    along_bases = (pull.unsqueeze(2) * toward_bases).sum(1).addcmul_(inner, scale)
-    mixed = (pull.unsqueeze(2) * coefficients).sum(1)
-    if normalize:
-        longer = lengths > NORM_EPS
-        along = (coefficients * along_bases).sum(1).mul_(longer)
-        mixed.addcmul_(along.unsqueeze(1), coefficients, value=-1)
-    towards = (coefficients.unsqueeze(2) * mixed.unsqueeze(1)).sum(0)
-
-    grads = BACKENDS[backend].fused_gradients(
-        (e_0, e_1), normalize, z, inverse, r, towards, scale, needs_grad[:2]
+    grads, grad_mixing, grad_scale = BACKENDS[backend].fused_gradients(
+        (e_0, e_1),
+        bases,
+        unflatten(own_pairs, 2),
+        normalize,
+        z,
+        inverse,
+        lengths,
+        coefficients,
+        dots,
+        r,
+        inner,
+        grad_own_logits,
+        scale,
+        needs_grad,
     )
-    grad_mixing = mixing.new_empty(0)
-    if needs_grad[2]:
-        if normalize:
-            along_bases.addcmul_(along.unsqueeze(1), toward_bases, value=-1)
-            ratio = (lengths.unsqueeze(1) * inverse).reciprocal_()
-            along_bases.mul_(ratio.where(longer.unsqueeze(1), 0))
-        grad_mixing = along_bases.sum(2)
-        for v, base in enumerate(bases):
-            if base >= 0:
-                grad_mixing[v].zero_()  # a constant
     return [*grads, grad_mixing, grad_scale]
 
 

@@ -45,18 +45,21 @@ def run_file(path: str) -> None:
 def mended_interpreter() -> Iterator[None]:
     """What Triton 3.6 to 3.9 interpret wrongly or slowly, for all tests of a process.
 
-    A product of bfloat16 is interpreted as one of the integers with its bits. And each call from
-    one kernel function to another looks through all of ``triton.language`` for what to replace:
-    half of the interpreter's time with kernels such as these. What a launch does not replace stays
-    replaced after a call, so one call into each module is enough.
+    A product of bfloat16 is interpreted as one of the integers with its bits, and rounding to it as
+    cutting bits off. And each call from one kernel function to another looks through all of
+    ``triton.language`` for what to replace: half of the interpreter's time with kernels such as
+    these. What a launch does not replace stays replaced after a call, so one call into each module
+    is enough.
     """
     if not INTERPRETED:
         yield
         return
     from triton import language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     create_dot, call = InterpreterBuilder.create_dot, InterpretedFunction.__call__
+    convert = interpreter._convert_float
     called: set[str] = set()
 
     def widened(operand: TensorHandle) -> TensorHandle:
@@ -68,6 +71,12 @@ def mended_interpreter() -> Iterator[None]:
     def create_widened_dot(self, a, b, *others):
         return create_dot(self, widened(a), widened(b), *others)
 
+    def rounded(data, source, target, *others):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, *others)
+        nearest = torch.from_numpy(np.array(data)).bfloat16()
+        return nearest.view(torch.int16).numpy().view(np.uint16)
+
     def quick_call(self, *arguments, **named):
         if self.fn.__module__ in called:
             return self.rewrite()(*arguments, **named)
@@ -76,6 +85,7 @@ def mended_interpreter() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_widened_dot)
+        patch.setattr(interpreter, "_convert_float", rounded)
         patch.setattr(InterpretedFunction, "__call__", quick_call)
         yield
 
@@ -96,7 +106,8 @@ class Memory:
 
     def begin(self, arguments: list[Any]) -> None:
         """Note which bytes the tensors of a launch own."""
-        storages = [a.untyped_storage() for a in arguments if isinstance(a, torch.Tensor)]
+        leaves = torch.utils._pytree.tree_leaves(arguments)
+        storages = [a.untyped_storage() for a in leaves if isinstance(a, torch.Tensor)]
         owned = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
         self._starts, self._stops = (np.array(ends, np.uint64) for ends in zip(*owned, strict=True))
         self._reads, self._writes = [], []

@@ -77,7 +77,9 @@ def test_on_the_emulated_gpu():
     except subprocess.CalledProcessError as error:
         pytest.fail(error.stdout[-6000:])
     here = Path(__file__).parent
-    others = ("test_kernels.py", "test_contract.py", "test_score_fusion.py")
+    others = (
+        "test_kernels.py", "test_contract.py", "test_score_fusion.py", "test_embeddings.py"
+    )  # fmt: skip
     files = [__file__, *(str(here / name) for name in others)]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["-p", "cuda_host.use_emulated_gpu", *files, "-k", SELECTED]

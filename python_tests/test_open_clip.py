@@ -574,6 +574,7 @@ def test_open_clips_program_trains(
 
 
 PROGRAM = """
+import os
 import sys
 import open_clip
 import torch
@@ -587,6 +588,7 @@ open_clip.add_model_config(sys.argv.pop(1))
 program.create_loss = gcl.create_loss
 program.create_model_and_transforms = gcl.create_model_and_transforms
 program.main(sys.argv[1:])
+os._exit(0)  # before Python takes itself apart under gloo's threads: see test_docs.py
 """
 
 

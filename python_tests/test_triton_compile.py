@@ -2,7 +2,8 @@
 
 The compiler's resource report and the disassembly say whether a row of the table is sound: nothing
 spilled, shared memory within the chip's, products on the matrix units. ``make kernels-report``
-compiles what this leaves out: the small tiles that chips share, on each of them.
+compiles what this leaves out: the small tiles that chips share, on each of them, and the kernels
+over samples, which have no tiles, on chips like those here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks.kernels_report import (
     FOLDS,
+    SAMPLE_KERNELS,
     TILE_KERNELS,
     Resources,
     Variant,
@@ -31,6 +33,13 @@ pytestmark = pytest.mark.skipif(
     not HAS_TRITON or "TRITON_INTERPRET" in os.environ,
     reason="needs Triton's compiler",
 )
+
+
+SAMPLES = (
+    ("sm_90", torch.bfloat16), ("sm_90", torch.float32), ("sm_100", torch.float32),
+    ("gfx942", torch.bfloat16),
+)  # fmt: skip
+"""Chips and dtypes for which the kernels over samples are compiled here."""
 
 
 def triton_version() -> tuple[int, ...]:
@@ -58,9 +67,16 @@ def chosen() -> list[Variant]:
             continue  # as many bytes of either type
         if is_compiled_elsewhere(v):
             continue
+        if v.kernel in SAMPLE_KERNELS:
+            kept += [v] if (v.chip, v.dtype) in SAMPLES else []
+            continue
         if v.chip == "sm_90" or (v.diagonal and (v.dtype == half or v.row == "fma")):
             kept.append(dataclasses.replace(v, ids=(v.kernel, v.row) == ("fused_weights", "large")))
-        elif v.kernel in FOLDS or (v.chip, v.row, v.dtype) == ("gfx942", "large", full):
+        elif v.kernel in FOLDS or (v.chip, v.row, v.dtype) == (
+            "gfx942",
+            "large",
+            full,
+        ):
             kept.append(v)
     for kernel in TILE_KERNELS:
         # A dimension that ends within a slice, and one whose rows are not aligned.
@@ -97,8 +113,10 @@ def test_resources(variant, resources):
     assert used.spill_bytes == 0
     assert used.registers <= 255
     assert used.shared_bytes <= chip.shared_bytes
-    assert (used.exponentials > 0) == (variant.kernel != "inner")
-    if variant.kernel in FOLDS:
+    assert (used.exponentials > 0) == (variant.kernel not in ("inner", *SAMPLE_KERNELS))
+    if variant.kernel in SAMPLE_KERNELS:
+        assert used.registers <= 128, "several programs at a time, to keep memory busy"
+    if variant.kernel not in TILE_KERNELS:
         return
     on_matrix_units = variant.row != "fma"
     if (variant.chip, variant.row) == ("sm_90", "large"):

@@ -30,7 +30,12 @@ CASES = {
 
 
 def general(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) -> None:
-    z = torch.zeros(len(candidates) * n, d, dtype=dtype)
+    views, scale = [torch.zeros(n, d, dtype=dtype) for _ in candidates], torch.ones(())
+    pairs, needs = [(0, 0), (0, 1)], [True] * (len(views) - 1) + [False]
+    embedded = backend.embed(views, pairs, True, dtype, scale)
+    of_z, of_own = (embedded[k].new_zeros(embedded[k].shape, dtype=torch.float32) for k in (0, 4))
+    backend.embed_backward(views, True, *embedded[:4], of_z, of_own, scale, needs)
+    z = embedded[0].flatten(0, 1)
     ids = None if ids_dtype is None else torch.zeros(z.shape[0], dtype=ids_dtype)
     problem = Problem(z, z, ids, ids, torch.ones(()), None, True)
     plan = plan_blocks(n, candidates, backend.block_rows(z))
@@ -43,7 +48,15 @@ def general(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable
 
 def fused(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) -> None:
     bases = (0, 1, None)[: len(candidates)]
-    z, coefficients = torch.zeros(2, n, d, dtype=dtype), torch.zeros(len(bases), 2, n)
+    views = [torch.zeros(n, d, dtype=dtype), torch.zeros(d, n, dtype=dtype).t()]
+    mixing, needs = torch.zeros(len(bases), 2), [False, True, True]
+    made_of, pairs, scale = [0, 1, -1][: len(bases)], [(0, 0), (0, 1)], torch.ones(())
+    *embedded, own_logits = backend.embed_fused(views, mixing, made_of, pairs, True, dtype, scale)
+    z, _, _, coefficients, _ = embedded
+    r, inner = torch.zeros(z.shape), torch.zeros_like(coefficients)
+    backend.fused_gradients(
+        views, made_of, pairs, True, *embedded, r, inner, own_logits, scale, needs
+    )
     ids = None if ids_dtype is None else torch.zeros(n, dtype=ids_dtype)
     problem = FusedProblem(
         z, z, coefficients, coefficients, bases, candidates, ids, ids, torch.ones(()), None, True
@@ -110,7 +123,20 @@ def launches() -> dict[tuple[str, str], list[str]]:
 @pytest.mark.parametrize("function", ["general", "fused"])
 def test_launches_compile(launches, function, case):
     kernels = {
-        "general": {"stats_kernel", "fold_kernel", "weights_kernel"},
-        "fused": {"fused_stats_kernel", "fold_kernel", "fused_weights_kernel", "inner_kernel"},
+        "general": {
+            "embed_kernel",
+            "stats_kernel",
+            "fold_kernel",
+            "weights_kernel",
+            "embed_backward_kernel",
+        },
+        "fused": {
+            "embed_fused_kernel",
+            "fused_stats_kernel",
+            "fold_kernel",
+            "fused_weights_kernel",
+            "inner_kernel",
+            "fused_gradients_kernel",
+        },
     }
     assert set(launches[function, case]) == kernels[function]

@@ -56,14 +56,20 @@ static void embed_backward(int threads, int64_t samples, int64_t dim, bool norma
 template <class T>
 static void embed_fused(int threads, const std::vector<Address>& views,
                         const std::vector<int64_t>& pitches, int64_t samples, int64_t dim,
-                        const std::vector<int>& bases, Address mixing, bool normalize, double eps,
+                        const std::vector<int>& bases, const std::vector<int64_t>& pairs,
+                        Address mixing, bool normalize, double eps, double scale, double absent,
                         Address z, Address inverse, Address lengths, Address coefficients,
-                        Address dots) {
+                        Address dots, Address own_logits) {
   FusedEmbedding<T> s{};
   s.views = int(bases.size());
   s.samples = samples, s.dim = dim, s.normalize = normalize, s.eps = T(eps);
   for (int b = 0; b < 2; ++b) s.e[b] = at<T>(views[b]), s.pitch[b] = pitches[b];
+  s.scale = T(scale), s.absent = T(absent), s.own_logits = at<T>(own_logits);
   std::copy(bases.begin(), bases.end(), s.bases);
+  for (size_t i = 0; i + 1 < pairs.size(); i += 2) {
+    s.pairs[pairs[i] * s.views + pairs[i + 1]] = true;
+    s.self |= pairs[i] == pairs[i + 1];
+  }
   s.mixing = at<T>(mixing), s.z = at<T>(z), s.inverse = at<T>(inverse);
   s.lengths = at<T>(lengths), s.coefficients = at<T>(coefficients), s.dots = at<T>(dots);
   for_samples(samples, 2 * samples * dim, threads,
@@ -71,13 +77,20 @@ static void embed_fused(int threads, const std::vector<Address>& views,
 }
 
 template <class T>
-static void fused_gradients(int threads, int64_t samples, int64_t dim, bool normalize,
-                            double scale, Address z, Address inverse, Address r, Address towards,
-                            const std::vector<Address>& grads) {
+static void fused_gradients(int threads, int64_t samples, int64_t dim,
+                            const std::vector<int>& bases, bool self, bool normalize, double eps,
+                            double scale, Address z, Address inverse, Address lengths,
+                            Address coefficients, Address dots, Address r, Address inner,
+                            Address grad_own_logits, const std::vector<Address>& grads,
+                            Address shares) {
   FusedGradient<T> s{};
-  s.samples = samples, s.dim = dim, s.scale = T(scale);
-  s.z = at<T>(z), s.r = at<T>(r), s.towards = at<T>(towards);
-  s.inverse = normalize ? at<T>(inverse) : nullptr;
+  s.views = int(bases.size());
+  s.samples = samples, s.dim = dim, s.scale = T(scale), s.eps = T(eps);
+  s.self = self, s.normalize = normalize;
+  std::copy(bases.begin(), bases.end(), s.bases);
+  s.z = at<T>(z), s.r = at<T>(r), s.inverse = at<T>(inverse), s.lengths = at<T>(lengths);
+  s.coefficients = at<T>(coefficients), s.dots = at<T>(dots), s.inner = at<T>(inner);
+  s.grad_own_logits = at<T>(grad_own_logits), s.shares = at<T>(shares);
   for (int b = 0; b < 2; ++b) s.grad[b] = at<T>(grads[b]);
   for_samples(samples, 2 * samples * dim, threads,
               [&](int64_t start, int64_t stop) { kernels<T>().fused_gradients(s, start, stop); });

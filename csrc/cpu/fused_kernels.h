@@ -52,19 +52,32 @@ void embed_fused(const FusedEmbedding<T>& s, int64_t start, int64_t stop) {
         s.coefficients[(v * 2 + b) * s.samples + j] = coefficient;
       }
     }
+    const FusedSample<T> sample = s.sample(j);
+    for (int v = 0; v < s.views; ++v)
+      for (int w = v; w < s.views; ++w) {
+        const T logit = s.pairs[v * s.views + w] ? s.scale * sample.own(v, w) : s.absent;
+        s.own_logits[(v * s.views + w) * s.samples + j] = logit;
+        s.own_logits[(w * s.views + v) * s.samples + j] = logit;
+      }
   }
 }
 
-// dL/de_b = 1/|e_b| (s R_b + sum_c towards[b, c] z_c)
+// dL/de_b = 1/|e_b| (s R_b + sum_c Q_bc z_c)
 template <class T>
 void fused_gradients(const FusedGradient<T>& s, int64_t start, int64_t stop) {
   for (int64_t j = start; j < stop; ++j) {
     const T* z[2] = {s.z + j * s.dim, s.z + (s.samples + j) * s.dim};
+    const auto pulls =
+        s.sample(j).pulls(s.inner, s.grad_own_logits, [&](int v, T to_0, T to_1) {
+          s.shares[2 * v * s.samples + j] = to_0;
+          s.shares[(2 * v + 1) * s.samples + j] = to_1;
+        });
+    s.shares[2 * s.views * s.samples + j] = pulls.share;
+    const T q[2][2] = {{pulls.q_00, pulls.q_01}, {pulls.q_01, pulls.q_11}};
     for (int b = 0; b < 2; ++b) {
       if (!s.grad[b]) continue;
-      const T inverse = s.inverse ? s.inverse[b * s.samples + j] : T(1);
-      const T coefficient[2] = {s.towards[b * 2 * s.samples + j] * inverse,
-                                s.towards[(b * 2 + 1) * s.samples + j] * inverse};
+      const T inverse = s.normalize ? s.inverse[b * s.samples + j] : T(1);
+      const T coefficient[2] = {q[b][0] * inverse, q[b][1] * inverse};
       combine(s.grad[b] + j * s.dim, s.r + (b * s.samples + j) * s.dim, s.scale * inverse, z,
               coefficient, 2, s.dim);
     }

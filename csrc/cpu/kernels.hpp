@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/fused_sample.h"
+
 namespace gcl {
 
 constexpr int max_views = 16;
@@ -84,20 +86,36 @@ struct FusedEmbedding {
   int views;
   int64_t samples, dim;
   bool normalize;
-  T eps;
+  T eps, scale, absent;
   const T* e[2];
   int64_t pitch[2];
-  int bases[max_views];  // -1: a combination
-  const T* mixing;       // [V, 2]
-  T *z, *inverse, *lengths, *coefficients, *dots;
+  int bases[max_views];                // -1: a combination
+  bool pairs[max_views * max_views];  // whose own-sample logits were asked for
+  bool self;                           // some of a view with itself
+  const T* mixing;                     // [V, 2]
+  T *z, *inverse, *lengths, *coefficients, *dots, *own_logits;
+
+  FusedSample<T> sample(int64_t j) const {
+    return {views,   bases,   normalize,    self, scale,   eps,
+            inverse, lengths, coefficients, dots, samples, j};
+  }
 };
 
 template <class T>
 struct FusedGradient {
+  int views;
   int64_t samples, dim;
-  T scale;
-  const T *z, *inverse, *r, *towards;  // inverse: null without normalisation
-  T* grad[2];                          // null: not needed
+  bool normalize, self;
+  T eps, scale;
+  int bases[max_views];
+  const T *z, *inverse, *lengths, *coefficients, *dots, *r, *inner, *grad_own_logits;
+  T* grad[2];  // null: not needed
+  T* shares;   // [2 V + 1, N]: each sample's of the gradients of mixing and of the scale
+
+  FusedSample<T> sample(int64_t j) const {
+    return {views,   bases,   normalize,    self, scale,   eps,
+            inverse, lengths, coefficients, dots, samples, j};
+  }
 };
 
 // A strip of rows of one block over samples; arrays of V rows have the pitches given.

@@ -6,8 +6,10 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/block.h"
+#include "cuda/samples.h"
 
 #ifndef GCL_KERNELS_CUDA_ARCHS
 #error "GCL_KERNELS_CUDA_ARCHS names the compiled targets, such as \"80;90+PTX\""
@@ -27,6 +29,28 @@ TYPE* pointer(Address address) {
 
 void check(int error, const std::string& what) {
   if (error != 0) throw std::runtime_error(what + ": " + error_text(error));
+}
+
+// Of each view one; more than there is room for is refused.
+template <class TO, class FROM, class CONVERT>
+void fill(TO (&to)[MAX_VIEWS], const std::vector<FROM>& from, CONVERT convert) {
+  if (from.size() > MAX_VIEWS)
+    throw std::invalid_argument("at most " + std::to_string(MAX_VIEWS) + " views, got " +
+                                std::to_string(from.size()));
+  for (std::size_t v = 0; v < from.size(); ++v) to[v] = convert(from[v]);
+}
+
+Gradients gradients(const std::vector<Address>& addresses) {
+  Gradients grads{};
+  fill(grads.at, addresses, pointer<void>);
+  return grads;
+}
+
+// Bit a * views + b of each pair.
+uint64_t bits_of(const std::vector<std::pair<int, int>>& pairs, int views) {
+  uint64_t bits = 0;
+  for (const auto& [a, b] : pairs) bits |= uint64_t(1) << (a * views + b);
+  return bits;
 }
 
 void select(int device) {
@@ -108,6 +132,36 @@ PYBIND11_MODULE(_cuda, m) {
            py::kw_only(), arg("table"), arg("slots"), arg("length"), arg("groups"), arg("stride"),
            arg("max"), arg("sum"));
 
+  py::class_<Embeddings>(m, "Embeddings")
+      .def(py::init([](const std::vector<Address>& at, const std::vector<int64_t>& stride,
+                       int64_t samples, int dim) {
+             Embeddings views{};
+             fill(views.at, at, pointer<const void>);
+             fill(views.stride, stride, [](int64_t elements) { return elements; });
+             views.count = static_cast<int>(at.size());
+             views.samples = samples;
+             views.dim = dim;
+             return views;
+           }),
+           py::kw_only(), arg("at"), arg("stride"), arg("samples"), arg("dim"));
+
+  py::class_<Mixture>(m, "Mixture")
+      .def(py::init([](const std::vector<int>& base_of, bool normalize, bool self, Address inverse,
+                       Address lengths, Address coefficients, Address dots) {
+             Mixture mixture{};
+             fill(mixture.base_of, base_of, [](int base) { return base; });
+             mixture.views = static_cast<int>(base_of.size());
+             mixture.normalize = normalize;
+             mixture.self = self;
+             mixture.inverse = pointer<float>(inverse);
+             mixture.lengths = pointer<float>(lengths);
+             mixture.coefficients = pointer<float>(coefficients);
+             mixture.dots = pointer<float>(dots);
+             return mixture;
+           }),
+           py::kw_only(), arg("base_of"), arg("normalize"), arg("self"), arg("inverse"),
+           arg("lengths"), arg("coefficients"), arg("dots"));
+
   m.def(
       "block_stats",
       [](int device, Address stream, Product product, const Block& block, Address row_table,
@@ -154,6 +208,92 @@ PYBIND11_MODULE(_cuda, m) {
       },
       py::kw_only(), arg("device"), arg("stream"), arg("product"), arg("block"), arg("views"),
       arg("rows"), arg("cols"), arg("out"), arg("row_table"), arg("col_table"));
+
+  m.def(
+      "embed",
+      [](int device, Address stream, Product product, const Embeddings& views, bool normalize,
+         const std::vector<std::pair<int, int>>& pairs, Address scale, float absent, Address z,
+         Address norm, Address inverse, Address own, Address own_logits) {
+        const Embed arguments = {views,
+                                 normalize,
+                                 bits_of(pairs, views.count),
+                                 pointer<float>(scale),
+                                 absent,
+                                 pointer<void>(z),
+                                 pointer<float>(norm),
+                                 pointer<float>(inverse),
+                                 pointer<float>(own),
+                                 pointer<float>(own_logits)};
+        select(device);
+        check(embed(product, arguments, pointer<void>(stream)), "embed");
+      },
+      py::kw_only(), arg("device"), arg("stream"), arg("product"), arg("views"), arg("normalize"),
+      arg("pairs"), arg("scale"), arg("absent"), arg("z"), arg("norm"), arg("inverse"), arg("own"),
+      arg("own_logits"));
+
+  m.def(
+      "embed_backward",
+      [](int device, Address stream, Product product, const Embeddings& units, bool normalize,
+         bool rounded, Address norm, Address inverse, Address own, Address hz,
+         Address grad_own_logits, Address scale, const std::vector<Address>& grads,
+         Address shares) {
+        const EmbedBackward arguments = {units,
+                                         normalize,
+                                         rounded,
+                                         pointer<float>(norm),
+                                         pointer<float>(inverse),
+                                         pointer<float>(own),
+                                         pointer<float>(hz),
+                                         pointer<float>(grad_own_logits),
+                                         pointer<float>(scale),
+                                         gradients(grads),
+                                         pointer<float>(shares)};
+        select(device);
+        check(embed_backward(product, arguments, pointer<void>(stream)), "embed_backward");
+      },
+      py::kw_only(), arg("device"), arg("stream"), arg("product"), arg("units"), arg("normalize"),
+      arg("rounded"), arg("norm"), arg("inverse"), arg("own"), arg("hz"), arg("grad_own_logits"),
+      arg("scale"), arg("grads"), arg("shares"));
+
+  m.def(
+      "embed_fused",
+      [](int device, Address stream, Product product, const Embeddings& bases,
+         const Mixture& mixture, const std::vector<std::pair<int, int>>& pairs, Address scale,
+         float absent, Address mixing, Address z, Address own_logits) {
+        const EmbedFused arguments = {bases,
+                                      mixture,
+                                      bits_of(pairs, mixture.views),
+                                      pointer<float>(scale),
+                                      absent,
+                                      pointer<float>(mixing),
+                                      pointer<void>(z),
+                                      pointer<float>(own_logits)};
+        select(device);
+        check(embed_fused(product, arguments, pointer<void>(stream)), "embed_fused");
+      },
+      py::kw_only(), arg("device"), arg("stream"), arg("product"), arg("bases"), arg("mixture"),
+      arg("pairs"), arg("scale"), arg("absent"), arg("mixing"), arg("z"), arg("own_logits"));
+
+  m.def(
+      "fused_gradients",
+      [](int device, Address stream, Product product, const Embeddings& units,
+         const Mixture& mixture, bool rounded, Address r, Address inner, Address grad_own_logits,
+         Address scale, const std::vector<Address>& grads, Address shares) {
+        const FusedGradients arguments = {units,
+                                          mixture,
+                                          rounded,
+                                          pointer<float>(r),
+                                          pointer<float>(inner),
+                                          pointer<float>(grad_own_logits),
+                                          pointer<float>(scale),
+                                          gradients(grads),
+                                          pointer<float>(shares)};
+        select(device);
+        check(fused_gradients(product, arguments, pointer<void>(stream)), "fused_gradients");
+      },
+      py::kw_only(), arg("device"), arg("stream"), arg("product"), arg("units"), arg("mixture"),
+      arg("rounded"), arg("r"), arg("inner"), arg("grad_own_logits"), arg("scale"), arg("grads"),
+      arg("shares"));
 
   m.def(
       "fold",

@@ -81,6 +81,14 @@ DEVICE uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
+DEVICE float widen_bfloat16(uint16_t value) { return __uint_as_float(uint32_t(value) << 16); }
+
+DEVICE float widen_float16(uint16_t value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+  return result;
+}
+
 // e^x; below 2^-126 zero.
 DEVICE float exponential(float x) {
   float result;

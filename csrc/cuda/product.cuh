@@ -81,6 +81,7 @@ struct BFloat16 : OnTensorCores<BFloat16> {
   static DEVICE Pair<Storage> round(float low, float high) {
     return halves(pack_bfloat16(low, high));
   }
+  static DEVICE float widen(Storage value) { return widen_bfloat16(value); }
 };
 
 struct Float16 : OnTensorCores<Float16> {
@@ -93,6 +94,7 @@ struct Float16 : OnTensorCores<Float16> {
   static DEVICE Pair<Storage> round(float low, float high) {
     return halves(pack_float16(low, high));
   }
+  static DEVICE float widen(Storage value) { return widen_float16(value); }
 };
 
 struct TensorFloat32 : OnTensorCores<TensorFloat32> {
@@ -136,6 +138,7 @@ struct Float32 {
   }
 
   static DEVICE Pair<Storage> round(float low, float high) { return {{low, high}}; }
+  static DEVICE float widen(Storage value) { return value; }
 };
 
 // One thread's share of copying slices: a piece of so many lines of either operand.

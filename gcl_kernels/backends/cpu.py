@@ -281,15 +281,11 @@ def embed(
     scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`gcl_kernels.embeddings.embed`, which takes views of other dtypes and layouts."""
-    num_views, (num_samples, dim) = len(views), views[0].shape
-    if not _plain(views, compute_dtype, num_views):
+    num_samples, dim = views[0].shape
+    if not _plain(views, compute_dtype, len(views)):
         return embeddings.embed(views, own_pairs, normalize, compute_dtype, scale)
-    first = views[0]
-    z = first.new_empty(num_views, num_samples, dim)
-    norm = first.new_empty((num_views, num_samples) if normalize else 0)
-    inverse = torch.empty_like(norm)
-    own = first.new_empty(num_views, num_views, num_samples)
-    own_logits = torch.empty_like(own)
+    results = embeddings.empty_embedded(views, normalize, compute_dtype, scale)
+    z, norm, inverse, own, own_logits = results
     _function("embed", compute_dtype)(
         torch.get_num_threads(),
         [view.data_ptr() for view in views],
@@ -307,7 +303,7 @@ def embed(
         own.data_ptr(),
         own_logits.data_ptr(),
     )
-    return z, norm, inverse, own, own_logits
+    return results
 
 
 def embed_backward(
@@ -354,20 +350,19 @@ def embed_fused(
     views: Sequence[Tensor],
     mixing: Tensor,
     bases: Sequence[int],
+    own_pairs: Sequence[tuple[int, int]],
     normalize: bool,
     compute_dtype: torch.dtype,
-    accum_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`gcl_kernels.embeddings.embed_fused`, which takes views of other dtypes."""
     if not _plain(views, compute_dtype, len(bases)):
-        return embeddings.embed_fused(views, mixing, bases, normalize, compute_dtype, accum_dtype)
-    num_views, (num_samples, dim) = len(bases), views[0].shape
-    first = views[0]
-    z = first.new_empty(2, num_samples, dim)
-    inverse = first.new_empty((2, num_samples) if normalize else 0)
-    lengths = first.new_empty((num_views, num_samples) if normalize else 0)
-    coefficients = first.new_empty(num_views, 2, num_samples)
-    dots = first.new_empty(2, 2, num_samples)
+        return embeddings.embed_fused(
+            views, mixing, bases, own_pairs, normalize, compute_dtype, scale
+        )
+    num_samples, dim = views[0].shape
+    results = embeddings.empty_fused(views, len(bases), normalize, compute_dtype, scale)
+    z, inverse, lengths, coefficients, dots, own_logits = results
     mixing = mixing.contiguous()
     _function("embed_fused", compute_dtype)(
         torch.get_num_threads(),
@@ -376,49 +371,72 @@ def embed_fused(
         num_samples,
         dim,
         bases,
+        [view for pair in own_pairs for view in pair],
         mixing.data_ptr(),
         normalize,
         NORM_EPS,
+        float(scale),
+        ABSENT,
         z.data_ptr(),
         inverse.data_ptr(),
         lengths.data_ptr(),
         coefficients.data_ptr(),
         dots.data_ptr(),
+        own_logits.data_ptr(),
     )
-    return z, inverse, lengths, coefficients, dots
+    return results
 
 
 def fused_gradients(
     views: Sequence[Tensor],
+    bases: Sequence[int],
+    own_pairs: Sequence[tuple[int, int]],
     normalize: bool,
     z: Tensor,
     inverse: Tensor,
+    lengths: Tensor,
+    coefficients: Tensor,
+    dots: Tensor,
     r: Tensor,
-    towards: Tensor,
+    inner: Tensor,
+    grad_own_logits: Tensor,
     scale: Tensor,
     needs_grad: Sequence[bool],
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """As :func:`gcl_kernels.embeddings.fused_gradients`."""
-    if any(view.dtype != z.dtype for view in views):
+    if any(view.dtype != z.dtype for view in views) or len(bases) > _cpu.max_views:
         return embeddings.fused_gradients(
-            views, normalize, z, inverse, r, towards, scale, needs_grad
-        )
+            views, bases, own_pairs, normalize, z, inverse, lengths, coefficients, dots, r, inner,
+            grad_own_logits, scale, needs_grad,
+        )  # fmt: skip
     _, num_samples, dim = z.shape
-    grads = [z.new_empty((num_samples, dim) if needs else 0) for needs in needs_grad]
-    towards = towards.contiguous()
+    grads = [z.new_empty((num_samples, dim) if needs else 0) for needs in needs_grad[:2]]
+    shares = z.new_empty(2 * len(bases) + 1, num_samples)
+    grad_own_logits = grad_own_logits.contiguous()
     _function("fused_gradients", z.dtype)(
         torch.get_num_threads(),
         num_samples,
         dim,
+        bases,
+        embeddings.pairs_itself(own_pairs),
         normalize,
+        NORM_EPS,
         float(scale),
         z.data_ptr(),
         inverse.data_ptr(),
+        lengths.data_ptr(),
+        coefficients.data_ptr(),
+        dots.data_ptr(),
         r.data_ptr(),
-        towards.data_ptr(),
-        [grad.data_ptr() if needs else 0 for grad, needs in zip(grads, needs_grad, strict=True)],
+        inner.data_ptr(),
+        grad_own_logits.data_ptr(),
+        [
+            grad.data_ptr() if needs else 0
+            for grad, needs in zip(grads, needs_grad[:2], strict=True)
+        ],
+        shares.data_ptr(),
     )
-    return grads
+    return grads, *embeddings.sum_shares(shares, needs_grad[2])
 
 
 def fused_block_rows(z: Tensor, num_views: int) -> int:

@@ -11,12 +11,14 @@ adds the slots in their order. Nothing is atomic, so the same inputs give the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gcl_kernels import embeddings
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import FusedProblem, Problem, RowStats, Workspace, allows_tf32
 
@@ -127,6 +129,14 @@ def _side(z: Tensor, ids: Tensor | None, where: slice) -> Any:
     )
 
 
+def _start(on: Tensor, kernel: Any, /, **arguments: Any) -> None:
+    """Launch on the current stream of a tensor's device."""
+    stream = torch.cuda.current_stream(on.device).cuda_stream if on.is_cuda else 0
+    # The extension's own CUDA runtime makes this device current, for PyTorch's as well.
+    with torch.cuda.device_of(on):
+        kernel(device=on.device.index or 0, stream=stream, **arguments)
+
+
 class _Call:
     """What the launches of one block share."""
 
@@ -162,11 +172,7 @@ class _Call:
         self.start(kernel, product=product, block=self.block, **arguments)
 
     def start(self, kernel: Any, **arguments: Any) -> None:
-        z = self._z
-        stream = torch.cuda.current_stream(z.device).cuda_stream if z.is_cuda else 0
-        # The extension's own CUDA runtime makes this device current, for PyTorch's as well.
-        with torch.cuda.device_of(z):
-            kernel(device=z.device.index or 0, stream=stream, **arguments)
+        _start(self._z, kernel, **arguments)
 
 
 def _fold(
@@ -325,3 +331,194 @@ def fused_block_weights(
         cols=_fold(tables[1], num_cols, None, inner_cols, block.cols, not block.diagonal),
     )
     return out
+
+
+# --- Samples: unit vectors, own-sample similarities, and their gradients --------------------------
+
+
+def _serves(views: Sequence[Tensor], compute_dtype: torch.dtype, num_views: int) -> bool:
+    """Whether the extension reads these views as they are."""
+    return num_views <= _cuda.MAX_VIEWS and all(
+        view.dtype == compute_dtype and view.stride(1) == 1 for view in views
+    )
+
+
+def _embeddings(views: Sequence[Tensor]) -> Any:
+    return _cuda.Embeddings(
+        at=[view.data_ptr() for view in views],
+        stride=[view.stride(0) for view in views],
+        samples=views[0].shape[0],
+        dim=views[0].shape[1],
+    )
+
+
+def _units(views: Sequence[Tensor], z: Tensor) -> dict[str, Any]:
+    """What unrounded unit vectors are read from: ``z``, or the embeddings where it is rounded."""
+    rounded = z.dtype != torch.float32
+    return {"units": _embeddings(views if rounded else z.unbind(0)), "rounded": rounded}
+
+
+def _addresses(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[int]:
+    return [t.data_ptr() if needs else 0 for t, needs in zip(tensors, needed, strict=True)]
+
+
+def embed(
+    views: Sequence[Tensor],
+    own_pairs: Sequence[tuple[int, int]],
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed`, which takes views of other dtypes and layouts."""
+    if not _serves(views, compute_dtype, len(views)):
+        return embeddings.embed(views, own_pairs, normalize, compute_dtype, scale)
+    results = embeddings.empty_embedded(views, normalize, compute_dtype, scale)
+    z, norm, inverse, own, own_logits = results
+    _start(
+        z,
+        _cuda.embed,
+        product=_product(z.dtype),
+        views=_embeddings(views),
+        normalize=normalize,
+        pairs=list(own_pairs),
+        scale=scale.data_ptr(),
+        absent=embeddings.ABSENT,
+        z=z.data_ptr(),
+        norm=norm.data_ptr(),
+        inverse=inverse.data_ptr(),
+        own=own.data_ptr(),
+        own_logits=own_logits.data_ptr(),
+    )
+    return results
+
+
+def embed_backward(
+    views: Sequence[Tensor],
+    normalize: bool,
+    z: Tensor,
+    norm: Tensor,
+    inverse: Tensor,
+    own: Tensor,
+    hz: Tensor,
+    grad_own_logits: Tensor,
+    scale: Tensor,
+    needs_grad: Sequence[bool],
+) -> tuple[list[Tensor], Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed_backward`; ``hz`` stays."""
+    if not _serves(views, z.dtype, len(views)):
+        return embeddings.embed_backward(
+            views, normalize, z, norm, inverse, own, hz, grad_own_logits, scale, needs_grad
+        )
+    grads = [z.new_empty(z.shape[1:] if needs else 0) for needs in needs_grad]
+    shares = hz.new_empty(z.shape[1])
+    grad_own_logits = grad_own_logits.contiguous()
+    _start(
+        z,
+        _cuda.embed_backward,
+        product=_product(z.dtype),
+        **_units(views, z),
+        normalize=normalize,
+        norm=norm.data_ptr(),
+        inverse=inverse.data_ptr(),
+        own=own.data_ptr(),
+        hz=hz.data_ptr(),
+        grad_own_logits=grad_own_logits.data_ptr(),
+        scale=scale.data_ptr(),
+        grads=_addresses(grads, needs_grad),
+        shares=shares.data_ptr(),
+    )
+    return grads, shares.sum()
+
+
+def _mixture(
+    bases: Sequence[int],
+    own_pairs: Sequence[tuple[int, int]],
+    normalize: bool,
+    inverse: Tensor,
+    lengths: Tensor,
+    coefficients: Tensor,
+    dots: Tensor,
+) -> Any:
+    return _cuda.Mixture(
+        base_of=list(bases),
+        normalize=normalize,
+        self=embeddings.pairs_itself(own_pairs),
+        inverse=inverse.data_ptr(),
+        lengths=lengths.data_ptr(),
+        coefficients=coefficients.data_ptr(),
+        dots=dots.data_ptr(),
+    )
+
+
+def embed_fused(
+    views: Sequence[Tensor],
+    mixing: Tensor,
+    bases: Sequence[int],
+    own_pairs: Sequence[tuple[int, int]],
+    normalize: bool,
+    compute_dtype: torch.dtype,
+    scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed_fused`, which takes views of other dtypes."""
+    if not _serves(views, compute_dtype, len(bases)):
+        return embeddings.embed_fused(
+            views, mixing, bases, own_pairs, normalize, compute_dtype, scale
+        )
+    results = embeddings.empty_fused(views, len(bases), normalize, compute_dtype, scale)
+    z, inverse, lengths, coefficients, dots, own_logits = results
+    mixing = mixing.contiguous()
+    _start(
+        z,
+        _cuda.embed_fused,
+        product=_product(z.dtype),
+        bases=_embeddings(views),
+        mixture=_mixture(bases, own_pairs, normalize, inverse, lengths, coefficients, dots),
+        pairs=list(own_pairs),
+        scale=scale.data_ptr(),
+        absent=embeddings.ABSENT,
+        mixing=mixing.data_ptr(),
+        z=z.data_ptr(),
+        own_logits=own_logits.data_ptr(),
+    )
+    return results
+
+
+def fused_gradients(
+    views: Sequence[Tensor],
+    bases: Sequence[int],
+    own_pairs: Sequence[tuple[int, int]],
+    normalize: bool,
+    z: Tensor,
+    inverse: Tensor,
+    lengths: Tensor,
+    coefficients: Tensor,
+    dots: Tensor,
+    r: Tensor,
+    inner: Tensor,
+    grad_own_logits: Tensor,
+    scale: Tensor,
+    needs_grad: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """As :func:`gcl_kernels.embeddings.fused_gradients`; ``r`` stays."""
+    if not _serves(views, z.dtype, len(bases)):
+        return embeddings.fused_gradients(
+            views, bases, own_pairs, normalize, z, inverse, lengths, coefficients, dots, r, inner,
+            grad_own_logits, scale, needs_grad,
+        )  # fmt: skip
+    grads = [z.new_empty(z.shape[1:] if needs else 0) for needs in needs_grad[:2]]
+    shares = r.new_empty(2 * len(bases) + 1, z.shape[1])
+    grad_own_logits = grad_own_logits.contiguous()
+    _start(
+        z,
+        _cuda.fused_gradients,
+        product=_product(z.dtype),
+        **_units(views, z),
+        mixture=_mixture(bases, own_pairs, normalize, inverse, lengths, coefficients, dots),
+        r=r.data_ptr(),
+        inner=inner.data_ptr(),
+        grad_own_logits=grad_own_logits.data_ptr(),
+        scale=scale.data_ptr(),
+        grads=_addresses(grads, needs_grad[:2]),
+        shares=shares.data_ptr(),
+    )
+    return grads, *embeddings.sum_shares(shares, needs_grad[2])

@@ -2,13 +2,15 @@
 
 This module names them, says where they cannot run, and imports Triton at their first call only.
 ``stats``, ``weights``, ``fused_stats`` and ``fused_weights`` hold one kernel family each with its
-launcher, ``primitives`` what they share, ``tiles`` the tables of tile sizes.
+launcher, ``primitives`` what they share, ``tiles`` the tables of tile sizes; ``embeddings`` and
+``fused_embeddings`` the O(M D) side.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,3 +149,31 @@ def fused_block_weights(
     return fused_weights.fused_block_weights(
         problem, block, lse_rows, lse_cols, grad_rows, grad_cols, inner_rows, inner_cols, workspace
     )
+
+
+def embed(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed`."""
+    from gcl_kernels.backends.triton import embeddings
+
+    return embeddings.embed(*arguments)
+
+
+def embed_backward(*arguments: Any) -> tuple[list[Tensor], Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed_backward`."""
+    from gcl_kernels.backends.triton import embeddings
+
+    return embeddings.embed_backward(*arguments)
+
+
+def embed_fused(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`gcl_kernels.embeddings.embed_fused`."""
+    from gcl_kernels.backends.triton import fused_embeddings
+
+    return fused_embeddings.embed_fused(*arguments)
+
+
+def fused_gradients(*arguments: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+    """As :func:`gcl_kernels.embeddings.fused_gradients`."""
+    from gcl_kernels.backends.triton import fused_embeddings
+
+    return fused_embeddings.fused_gradients(*arguments)
