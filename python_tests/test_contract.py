@@ -441,6 +441,26 @@ def test_double_backward(float64_backend, device):
         grads[0].sum().backward()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_batch_of_upstream_gradients(float64_backend, device, fused):
+    """Right or an error: block functions read memory by address."""
+    views = [v.requires_grad_() for v in random_views(4, 3, device)][: 2 if fused else 3]
+    losses = gcl_kernels.gcl_loss(*views, reduction="none", backend=float64_backend)
+    upstream = torch.randn(3, 4, dtype=torch.float64, device=device)
+
+    def gradient(of: torch.Tensor, batched: bool) -> torch.Tensor:
+        return torch.autograd.grad(
+            losses, views[0], of, retain_graph=True, is_grads_batched=batched
+        )[0]
+
+    if float64_backend == "reference":
+        expected = torch.stack([gradient(row, False) for row in upstream])
+        torch.testing.assert_close(gradient(upstream, True), expected)
+        return
+    with pytest.raises(RuntimeError):
+        gradient(upstream, True)
+
+
 @pytest.mark.parametrize("num_views", [1, 2, 4])
 def test_neg_lse(float64_backend, device, tiling, num_views):
     n = 14
