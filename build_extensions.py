@@ -30,6 +30,9 @@ EXTENSIONS = ("_cpu", "_cuda")
 ARCHS_VARIABLE = "GCL_KERNELS_CUDA_ARCHS"
 DEFAULT_ARCHS = ("80", "86", "89", "90", "100", "120")
 """Those that the toolkit knows are built, and PTX of the newest of them for later GPUs."""
+ONE_PTX = ("80", "86", "89", "90")
+"""Targets assembled from sm_80's PTX: from their own comes the same machine code (nvcc 13.0), and
+writing PTX is most of the compiler's work. From 100 on it is other code."""
 
 
 class BuildError(Exception):
@@ -227,7 +230,8 @@ def cuda_archs(nvcc: str) -> list[str]:
 def gencode(arch: str) -> list[str]:
     """nvcc's options for one of :func:`cuda_archs`."""
     number = arch.removesuffix("+PTX")
-    options = [f"-gencode=arch=compute_{number},code=sm_{number}"]
+    virtual = ONE_PTX[0] if number in ONE_PTX else number
+    options = [f"-gencode=arch=compute_{virtual},code=sm_{number}"]
     if arch.endswith("+PTX"):
         options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return options

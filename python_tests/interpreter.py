@@ -6,6 +6,7 @@ more in a process of its own: ``run_file``.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -49,7 +50,7 @@ def mended_interpreter() -> Iterator[None]:
     cutting bits off. And each call from one kernel function to another looks through all of
     ``triton.language`` for what to replace: half of the interpreter's time with kernels such as
     these. What a launch does not replace stays replaced after a call, so one call into each module
-    is enough.
+    is enough. A tenth goes into a table of dtypes that is made anew for each look into it.
     """
     if not INTERPRETED:
         yield
@@ -83,10 +84,17 @@ def mended_interpreter() -> Iterator[None]:
         called.add(self.fn.__module__)
         return call(self, *arguments, **named)
 
+    np_dtype = interpreter._get_np_dtype
+    np_dtype_of_scalar = functools.cache(np_dtype)
+
+    def quick_np_dtype(of):
+        return np_dtype(of) if of.scalar.is_ptr() else np_dtype_of_scalar(of.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_widened_dot)
         patch.setattr(interpreter, "_convert_float", rounded)
         patch.setattr(InterpretedFunction, "__call__", quick_call)
+        patch.setattr(interpreter, "_get_np_dtype", quick_np_dtype)
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +16,10 @@ import torch.distributed as dist
 
 PATIENCE = 60.0
 """Seconds for one call: a test that hangs fails."""
+
+_START_METHOD = "spawn" if sys.platform == "win32" else "forkserver"
+_IMPORTED_ONCE = ["gcl_kernels", "torch.distributed", "torch.nn.parallel", "open_clip"]
+"""By the server, for all: imports take seconds. It leaves out what is not installed."""
 
 
 def _serve(rank: int, world: int, store: str, calls: Connection) -> None:
@@ -40,7 +45,8 @@ class Pool:
 
     def __init__(self, world: int, folder: Path) -> None:
         self._hangs = False
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(_START_METHOD)
+        context.set_forkserver_preload(_IMPORTED_ONCE)
         pipes = [context.Pipe() for _ in range(world)]
         self._calls = [ours for ours, _ in pipes]
         self._processes = [

@@ -142,7 +142,7 @@ def test_extreme_temperature(backend, device, tiling, scale):
 
 def test_number_and_tensor_as_scale_agree(backend, device, tiling):
     """On either side of the bound below which one exponential serves rows and columns."""
-    views = random_views(29, 8, device)
+    views = random_views(21, 8, device)
     views[1] = -views[0]
     for scale in (0.5, 14.3, 40.0, 40.5):
         leaves = [[v.float().requires_grad_() for v in views] for _ in range(2)]
@@ -239,9 +239,8 @@ def test_reductions_agree(backend, device):
         torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4))[1:], ids=str)
 @pytest.mark.parametrize("candidates", [None, [[1, 0, 1], [1, 1, 0], [1, 1, 1]]])
-def test_subset_of_inputs_needs_gradients(backend, device, tiling, needs, candidates):
+def test_subset_of_inputs_needs_gradients(backend, device, tiling, candidates):
     """The gradient is the same for any subset, and none appears for the rest."""
     # 260 samples: several blocks of tiled and cpu, whose tiles are kept; too many for stand-ins of
     # a GPU, to which they are one block.
@@ -254,10 +253,13 @@ def test_subset_of_inputs_needs_gradients(backend, device, tiling, needs, candid
         gcl_kernels.gcl_loss(*tensors, s, candidates=candidates, backend=backend).backward()
         return [t.grad for t in (*tensors, s)]
 
-    for grad, full, need in zip(grads(needs), grads([True] * 4), needs, strict=True):
-        assert (grad is not None) == need
-        if need:
-            torch.testing.assert_close(grad, full, rtol=2e-5, atol=1e-6 * full.abs().max().item())
+    full = grads([True] * 4)
+    for needs in list(itertools.product([False, True], repeat=4))[1:-1]:
+        for grad, expected, need in zip(grads(needs), full, needs, strict=True):
+            assert (grad is not None) == need, needs
+            if need:
+                size = expected.abs().max().item()
+                torch.testing.assert_close(grad, expected, rtol=2e-5, atol=1e-6 * size)
 
 
 def test_strided_and_expanded_inputs(backend, device, tiling):
@@ -309,6 +311,9 @@ def test_non_finite_input_gives_nan(backend, device, tiling, bad, view, normaliz
         one_anchor = {"pair_weights": [[0, 1, 1], [0, 0, 0], [0, 0, 0]]}
         loss = gcl_kernels.gcl_loss(*views, 5.0, normalize=normalize, backend=backend, **one_anchor)
         assert loss.isnan(), loss
+
+
+def test_not_a_number_as_the_scale_gives_nan(backend, device, tiling):
     scale = torch.tensor(torch.nan, device=device)
     views = [v.float() for v in random_views(11, 6, device)]
     assert gcl_kernels.gcl_loss(*views, scale, backend=backend).isnan()
@@ -317,7 +322,7 @@ def test_non_finite_input_gives_nan(backend, device, tiling, bad, view, normaliz
 @pytest.mark.parametrize("fixed", [True, False])
 def test_same_bits_every_time(backend, device, tiling, fixed):
     def run():
-        views = [v.float().requires_grad_() for v in random_views(50, 16, device)]
+        views = [v.float().requires_grad_() for v in random_views(30, 16, device)]
         s = 20.0 if fixed else torch.tensor(20.0, device=device, requires_grad=True)
         loss = gcl_kernels.gcl_loss(*views, s, backend=backend)
         loss.backward()

@@ -170,22 +170,31 @@ def test_judges_the_device_of_the_tensors(monkeypatch):
         assert "compute capability 8.0 or later" in gcl_kernels.backends()[name]
 
 
-@pytest.mark.skipif(EMULATED, reason="asks PyTorch alone")
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "torch.set_float32_matmul_precision('high')",
-        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
-        "torch.backends.fp32_precision = 'tf32'",
-        "torch.backends.cuda.matmul.allow_tf32 = True",
-    ],
-)
-def test_tf32_is_allowed_by_any_of_the_settings(setting):
-    """In a process of its own: some of them can't be taken back."""
-    code = "import torch; from gcl_kernels.problem import allows_tf32; print(allows_tf32())"
-    code += f"; {setting}; print(allows_tf32())"
+ALLOW_TF32 = [
+    "torch.set_float32_matmul_precision('high')",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+]
+
+
+@pytest.mark.skipif(EMULATED or not hasattr(os, "fork"), reason="asks PyTorch alone, by fork")
+def test_tf32_is_allowed_by_any_of_the_settings():
+    """Each in a process of its own: some of them can't be taken back."""
+    code = f"""
+import os
+import torch
+from gcl_kernels.problem import allows_tf32
+for setting in {ALLOW_TF32}:
+    if os.fork() == 0:
+        before = allows_tf32()
+        exec(setting)
+        print(before, allows_tf32(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["False", "True"], done.stderr
+    assert done.stdout.splitlines() == ["False True"] * len(ALLOW_TF32), done.stderr
 
 
 @pytest.mark.skipif(backend._cuda is not None, reason="the extension is built")
@@ -384,18 +393,6 @@ def test_arguments_of_the_binding_are_keywords():
     assert backend._cuda.device_count() >= 1
 
 
-@runs
-def test_compiles_into_one_graph():
-    views = list(torch.randn(3, 20, 8, device=DEVICE))
-
-    def loss(e_i, e_t, e_it):
-        return gcl_kernels.gcl_loss(e_i, e_t, e_it, 20.0, backend="cuda")
-
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(*views), loss(*views))
-
-
 # --- On a GPU only -------------------------------------------------------------------------------
 
 on_gpu = pytest.mark.skipif(EMULATED or not CUDA.available, reason="needs a GPU and the extension")
@@ -411,6 +408,18 @@ def leaves_on(device: str, count: int = 700) -> tuple[list[Tensor], Tensor]:
     views = [torch.randn(count, 96, generator=generator).to(device) for _ in range(3)]
     scale = torch.tensor(50.0, device=device, requires_grad=True)
     return [view.bfloat16().requires_grad_() for view in views], scale
+
+
+@on_gpu
+def test_compiles_into_one_graph():
+    views = list(torch.randn(3, 20, 8, device=DEVICE))
+
+    def loss(e_i, e_t, e_it):
+        return gcl_kernels.gcl_loss(e_i, e_t, e_it, 20.0, backend="cuda")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*views), loss(*views))
 
 
 @on_gpu

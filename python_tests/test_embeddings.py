@@ -139,6 +139,8 @@ def test_embed_backward(row, device, shape, dtypes, normalize, needs):
     scale's."""
     of_views, compute_dtype = DTYPES[dtypes]
     n, d, layout = shape
+    if not (normalize or all(needs)):
+        pytest.skip("which views need one and normalisation do not meet in the kernels")
     views = make_views(of_views, n, d, device, layout)
     scale = torch.tensor(SCALE, device=device)
     pairs = [(a, b) for a in range(3) for b in range(a, 3)]
@@ -236,6 +238,8 @@ def test_embed_fused(row, device, case, layout, dtypes, normalize):
 def test_fused_gradients(row, device, case, layout, dtypes, normalize, needs):
     """The gradient of ``s (sum <(H z)_v, z_v> + sum grad_own <z_v, z_w>)`` through the views that
     are made, with ``(H z)_v`` any constants in place of their own."""
+    if not (normalize or all(needs)):
+        pytest.skip("as for test_embed_backward")
     of_views, compute_dtype = DTYPES[dtypes]
     views = make_views(of_views[:2], 9, 200, device, layout)
     bases, mixing = FUSED[case]

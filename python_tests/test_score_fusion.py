@@ -252,14 +252,14 @@ def test_subset_of_inputs(backend, device, tiling, needs):
 
 
 def test_same_bits_every_time(backend, device, tiling):
-    leaves = [v.float().requires_grad_() for v in random_views(70, 16, device)[:2]]
+    leaves = [v.float().requires_grad_() for v in random_views(40, 16, device)[:2]]
 
     def run():
         loss = gcl_kernels.gcl_loss(*leaves, backend=backend)
         return [loss, *torch.autograd.grad(loss, leaves)]
 
     first = run()
-    assert all(all(map(torch.equal, first, run())) for _ in range(3))
+    assert all(all(map(torch.equal, first, run())) for _ in range(2))
 
 
 def test_strided_inputs_and_retained_graph(backend, device, tiling):
@@ -386,7 +386,7 @@ def test_product_count(monkeypatch):
     its gradient's."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    n, d, rows = 256, 32, 32
+    n, d, rows = 128, 32, 32
     count = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}
     static = ([True] * 9, [], [0, 1, -1], True, None)
     mixing, scale = torch.tensor([[1.0, 0], [0, 1], [1, 1]]), torch.tensor(9.0)

@@ -50,11 +50,19 @@ def triton_version() -> tuple[int, ...]:
     return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
+def model_of(chip: str) -> str:
+    return "gfx942" if chip.startswith("gfx") else "sm_80"
+
+
 def is_compiled_elsewhere(v: Variant) -> bool:
-    """Whether sm_80 has the same tile, one that is far from any chip's limits."""
-    if v.row == "large" or v.chip not in ("sm_89", "sm_100", "sm_120"):
+    """Whether :func:`model_of` the chip has the same code, far from the chip's own limits."""
+    if v.chip == model_of(v.chip):
         return False
-    return v.tile == dataclasses.replace(v, chip="sm_80").tile
+    if v.row == "large":
+        return v.chip == "sm_89"  # sm_80's, with one buffer fewer
+    if (v.chip, v.row) == ("sm_90", "small") and not v.kernel.startswith("fused"):
+        return False  # HGMMA
+    return v.tile == dataclasses.replace(v, chip=model_of(v.chip)).tile
 
 
 def chosen() -> list[Variant]:
@@ -63,30 +71,30 @@ def chosen() -> list[Variant]:
     half, full = torch.bfloat16, torch.float32
     kept = []
     for v in variants():
-        if (v.row, v.dtype) == ("small", full):
-            continue  # as many bytes of either type
-        if is_compiled_elsewhere(v):
-            continue
+        fused = v.kernel.startswith("fused")
         if v.kernel in SAMPLE_KERNELS:
             kept += [v] if (v.chip, v.dtype) in SAMPLES else []
-            continue
-        if v.chip == "sm_90" or (v.diagonal and (v.dtype == half or v.row == "fma")):
-            kept.append(dataclasses.replace(v, ids=(v.kernel, v.row) == ("fused_weights", "large")))
-        elif v.kernel in FOLDS or (v.chip, v.row, v.dtype) == (
-            "gfx942",
-            "large",
-            full,
+        elif v.kernel in FOLDS:
+            kept.append(v)
+        elif (v.row, v.dtype) == ("small", full) or is_compiled_elsewhere(v):
+            continue  # half types take as many bytes
+        elif fused:
+            ids = (v.kernel, v.row) == ("fused_weights", "large")
+            kept += [dataclasses.replace(v, ids=ids)] if v.diagonal else []
+        elif (
+            v.chip == "sm_90"
+            or (v.diagonal and (v.dtype == half or v.row == "fma"))
+            or (v.chip, v.row, v.dtype) == ("gfx942", "large", full)
         ):
             kept.append(v)
     for kernel in TILE_KERNELS:
-        # A dimension that ends within a slice, and one whose rows are not aligned.
-        kept.append(Variant(kernel, "sm_90", "large", half, ids=True, dim=80))
+        # A dimension whose rows are not aligned, and one that ends within a slice.
         kept.append(Variant(kernel, "sm_90", "small", half, ids=True, dim=67))
-        kept.append(Variant(kernel, "gfx942", "small", half, ids=True, dim=67))
     for kernel in ("stats", "weights"):
+        kept.append(Variant(kernel, "gfx942", "small", half, ids=True, dim=67))
+        kept.append(Variant(kernel, "sm_90", "large", half, ids=True, dim=80))
         kept.append(Variant(kernel, "sm_90", "large", torch.float16, diagonal=False))
-    kept.append(Variant("fused_weights", "sm_90", "large", half))
-    kept += [Variant(kernel, "sm_90", "large", full) for kernel in ("fused_stats", "fused_weights")]
+    kept.append(Variant("fused_weights", "sm_90", "large", full))
     return kept
 
 
@@ -102,7 +110,7 @@ def test_every_tile_is_compiled():
     compiled = {(v.chip, v.row, v.kernel) for v in CHOSEN}
     for (chip, row), kernel in itertools.product(TILES, TILE_KERNELS):
         elsewhere = is_compiled_elsewhere(Variant(kernel, chip, row, torch.bfloat16))
-        assert ("sm_80" if elsewhere else chip, row, kernel) in compiled
+        assert (model_of(chip) if elsewhere else chip, row, kernel) in compiled
     for kernel in FOLDS:
         assert {v.chip for v in CHOSEN if v.kernel == kernel} == set(CHIPS)
 

@@ -60,14 +60,20 @@ def test_every_tile_size(name, row, monkeypatch):
     check_fused_block_functions(TRITON, case, torch.float32)
 
 
+SAME_ACCESSES = {
+    "bounded at the limit", "ids, bounded", "no view is a base", "not normalised", "two samples",
+    "views in another order",
+}  # fmt: skip
+"""Cases whose numbers are others and whose addresses are another case's."""
+
+
 @watches_memory
-@pytest.mark.parametrize("name", FUSED_CASES)
+@pytest.mark.parametrize("name", [name for name in FUSED_CASES if name not in SAME_ACCESSES])
 def test_no_access_out_of_bounds_and_no_race(name):
     """Nor do results depend on the programs' order, or on what memory held before."""
-    runs = []
-    for reverse in (False, True):
-        with checked_memory(reverse) as memory:
-            runs.append(fused_results(TRITON, FUSED_CASES[name], torch.bfloat16))
-        assert len(set(memory.launches)) == 4
-    for a, b in zip(*runs, strict=True):
+    expected = fused_results(TRITON, FUSED_CASES[name], torch.bfloat16)
+    with checked_memory(reverse=True) as memory:
+        checked = fused_results(TRITON, FUSED_CASES[name], torch.bfloat16)
+    assert len(set(memory.launches)) == 4
+    for a, b in zip(expected, checked, strict=True):
         assert a.isfinite().all() and torch.equal(a, b)
