@@ -7,7 +7,8 @@ rows get of it:
 
 - forward, embeddings travel one way and parts of ``neg_lse``, one number a row, the other;
 - backward, embeddings travel again with ``neg_lse`` and its gradient, and parts of the embeddings'
-  gradient come back, which their owner adds up in a fixed order.
+  gradient come back, which their owner adds up in a fixed order. The number of the forward pass
+  goes with them: what belongs to another makes NaN.
 
 Where ``W`` is even, two opposite processes meet each other: each multiplies one half of the
 rectangle. So all do the same work, ``1 / W`` of what one would do with the whole batch, and every
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gcl_kernels.blocks import Block, Samples
+from gcl_kernels.operators import subtractable
 from gcl_kernels.problem import FusedProblem, Problem, neg_lse_by_blocks
 from gcl_kernels.spec import BoolTable, check_choice
 
@@ -91,11 +93,11 @@ def _group(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name.partition(":")[2])
 
 
-def empty_sizes(like: Tensor, name: str = WITHOUT_GROUP) -> Tensor:
-    """Memory of the host for the numbers of samples of a group's processes. Without a group empty,
-    and where ``like`` is: an operator of which all is on one device stays in one CUDA graph."""
+def empty_agreement(like: Tensor, name: str = WITHOUT_GROUP) -> Tensor:
+    """Memory of the host for what :func:`agree` returns. Without a group empty, and where ``like``
+    is: an operator of which all is on one device stays in one CUDA graph."""
     if name:
-        return torch.empty(_group(name).size(), dtype=torch.int64, device="cpu")
+        return torch.empty(_group(name).size() + 1, dtype=torch.int64, device="cpu")
     return like.new_empty(0, dtype=torch.int64)
 
 
@@ -112,6 +114,10 @@ def _host_device(group: Any, device: torch.device) -> torch.device:
     return torch.device("cpu") if has_cpu else device
 
 
+_next_number: dict[str, int] = {}
+"""By the group's name, of its next forward pass. All processes count the same calls."""
+
+
 def agree(
     name: str,
     problem: Problem | FusedProblem,
@@ -122,7 +128,8 @@ def agree(
     gradients: str,
     exchange: str,
 ) -> Tensor:
-    """``N_r`` of every process of the group, int64 [W] on the CPU.
+    """``N_r`` of every process of the group, and the number of this forward pass; int64 [W + 1] on
+    the CPU.
 
     One small all-gather, which the host waits for: a difference found here is an error in every
     process, where the transfers that follow would hang or mix up memory. The scale is compared
@@ -160,10 +167,14 @@ def agree(
     if problem.max_scale is not None and math.isnan(problem.max_scale):
         known = torch.inf  # as little a scale, and not taken for an unknown one
     bits = torch.tensor(known, dtype=torch.float32, device="cpu").view(torch.int32).item()
-    mine = torch.tensor([num_samples, *checksums, bits], device=device)
+    number = _next_number.get(name, 0)
+    mine = torch.tensor([num_samples, *checksums, bits, number], device=device)
     everyone = mine.new_empty(group.size() * len(mine))
     _all_gather(everyone, mine, group, async_op=False)
-    sizes, *same, scales = everyone.view(group.size(), -1).cpu().unbind(1)
+    sizes, *same, scales, numbers = everyone.view(group.size(), -1).cpu().unbind(1)
+    # A process may be new in a group of this name.
+    number = int(numbers.amax())
+    _next_number[name] = number + 1
     differs = {
         what: column != column[group.rank()] for what, column in zip(terms, same, strict=True)
     }
@@ -180,7 +191,7 @@ def agree(
                 f"group: expected the same {what} in all processes; rank {group.rank()} has "
                 f"{terms.get(what, problem.max_scale)!r}, ranks {ranks} have another"
             )
-    return sizes.clone()
+    return torch.cat([sizes, numbers.new_tensor([number])])
 
 
 @dataclass(frozen=True)
@@ -262,12 +273,14 @@ class Exchange:
     Args:
         name: of the group.
         exchange: one of ``EXCHANGES``.
-        sizes: ``N_r``, from :func:`agree`.
+        agreement: from :func:`agree`.
         own: what this process gives.
     """
 
-    def __init__(self, name: str, exchange: str, sizes: Tensor, own: Sequence[PerSample]) -> None:
-        self._group, self._sizes, self._own = _group(name), sizes.tolist(), own
+    def __init__(
+        self, name: str, exchange: str, agreement: Tensor, own: Sequence[PerSample]
+    ) -> None:
+        self._group, self._sizes, self._own = _group(name), agreement[:-1].tolist(), own
         self._rank: int = self._group.rank()
         self._returning: _Transfer | None = None
         self._num_parts = 0
@@ -399,3 +412,24 @@ def neg_lse_with_others(
     for (returned,) in others.meet(meet):
         neg_lse = torch.logaddexp(neg_lse, returned)
     return neg_lse
+
+
+def lines_for_others(neg_lse: Tensor, grad: Tensor, agreement: Tensor) -> Tensor:
+    """What others need of each row in the backward pass, [3, V, N]: ``neg_lse``,
+    :func:`subtractable`, its gradient, and of which forward pass they are."""
+    number = int(agreement[-1]) % 2**24  # exact in float32
+    return torch.stack([subtractable(neg_lse), grad, torch.full_like(grad, number)])
+
+
+def lines_that_meet(
+    own: Tensor, others: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``neg_lse`` of rows and columns, and their gradients, from :func:`lines_for_others`.
+
+    Gradients are NaN if they are not all of one forward pass: other processes go backward in
+    another order, and their embeddings are of another loss. On the host that would be an error,
+    for which it would have to wait for the device.
+    """
+    same = (others[2] == own[2].flatten()[0]).all()
+    rows, cols = (torch.where(same, lines[1], torch.nan) for lines in (own, others))
+    return (own[0], others[0]), (rows, cols)

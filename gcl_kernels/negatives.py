@@ -35,7 +35,9 @@ from gcl_kernels.distributed import (
     Meeting,
     PerSample,
     agree,
-    empty_sizes,
+    empty_agreement,
+    lines_for_others,
+    lines_that_meet,
     neg_lse_with_others,
     resolve_group,
 )
@@ -125,9 +127,9 @@ def _forward(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
     kept = _empty_kept(backend, geometry, scale, needs_grad)
-    sizes, others = empty_sizes(scale), None
+    agreement, others = empty_agreement(scale), None
     if group:
-        sizes = agree(
+        agreement = agree(
             group,
             problem,
             num_samples,
@@ -136,7 +138,7 @@ def _forward(
             gradients=f"of views {needs_grad[:-1]}, of logit_scale {needs_grad[-1]}",
             exchange=exchange,
         )
-        others = Exchange(group, exchange, sizes, _shard(z, sample_ids))
+        others = Exchange(group, exchange, agreement, _shard(z, sample_ids))
     block_stats = BACKENDS[backend].module.block_stats
     neg_lse = BACKENDS[backend].statistics(problem, plan, kept)
     if neg_lse is None:
@@ -145,7 +147,7 @@ def _forward(
     if others is not None:
         rectangle = partial(_rectangle, problem, geometry)
         neg_lse = neg_lse_with_others(others, neg_lse, block_stats, rectangle)
-    return neg_lse, own_logits, z, norm, inverse, own, kept, sizes
+    return neg_lse, own_logits, z, norm, inverse, own, kept, agreement
 
 
 def _shard(z: Tensor, sample_ids: Tensor | None) -> list[PerSample]:
@@ -275,7 +277,7 @@ def _add_gradient_of_others(
     """Add to ``hz`` [V, N, D] what the other processes' samples contribute.
 
     Args:
-        lines: ``neg_lse``, :func:`subtractable`, and its gradient, [2, V, N].
+        lines: from :func:`lines_for_others`.
 
     Returns:
         The share of ``dL/ds`` that half of ``<z, H z>`` leaves out.
@@ -286,7 +288,7 @@ def _add_gradient_of_others(
     def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
         lines_other, *shard = given
         rectangle, plan = _rectangle(problem, geometry, meeting, shard)
-        lse, grad = zip(lines.flatten(1), lines_other.flatten(1), strict=True)
+        lse, grad = lines_that_meet(lines.flatten(1), lines_other.flatten(1))
         hz_other = torch.zeros_like(shard[0], dtype=hz.dtype)
         hz_own = hz
         unit = weight_unit(torch.cat(grad), problem.compute_dtype)
@@ -325,7 +327,7 @@ def _backward(
     inverse: Tensor,
     own: Tensor,
     kept: Tensor,
-    sizes: Tensor,
+    agreement: Tensor,
     neg_lse: Tensor,
     grad_neg_lse: Tensor,
     grad_own_logits: Tensor,
@@ -337,9 +339,9 @@ def _backward(
     plan = plan_blocks(*geometry, BACKENDS[backend].halves_diagonal)
     grad, others = grad_neg_lse.contiguous(), None
     if group:
-        lines = torch.stack([subtractable(neg_lse), grad])
+        lines = lines_for_others(neg_lse, grad, agreement)
         own_shard = [PerSample(lines, 2), *_shard(z, sample_ids)]
-        others = Exchange(group, exchange, sizes, own_shard)
+        others = Exchange(group, exchange, agreement, own_shard)
     hz, grad_scale = _matrix_gradient(
         BACKENDS[backend], problem, plan, kept, neg_lse.flatten(), grad.flatten(), needs_grad
     )
@@ -369,12 +371,12 @@ LIBRARY.define(
     "neg_lse(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, int[] own_pairs, "
     "bool normalize, float? max_scale, ScalarType compute_dtype, str backend, str group, "
     "str exchange, bool[] needs_grad) -> (Tensor neg_lse, Tensor own_logits, Tensor z, "
-    "Tensor norm, Tensor inverse, Tensor own, Tensor kept, Tensor sizes)"
+    "Tensor norm, Tensor inverse, Tensor own, Tensor kept, Tensor agreement)"
 )
 LIBRARY.define(
     "neg_lse_backward(Tensor[] views, Tensor scale, Tensor? sample_ids, bool[] candidates, "
     "bool normalize, float? max_scale, str backend, str group, str exchange, Tensor z, "
-    "Tensor norm, Tensor inverse, Tensor own, Tensor kept, Tensor sizes, Tensor neg_lse, "
+    "Tensor norm, Tensor inverse, Tensor own, Tensor kept, Tensor agreement, Tensor neg_lse, "
     "Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) -> Tensor[]"
 )
 LIBRARY.impl("neg_lse", _forward, "CompositeExplicitAutograd")
@@ -403,8 +405,8 @@ def _forward_fake(
     geometry = _geometry(backend, z, candidates, needs_grad[:-1])
     kept = _empty_kept(backend, geometry, scale, needs_grad)
     norm = scale.new_empty((num_views, num_samples) if normalize else 0)
-    sizes = empty_sizes(scale, group)
-    return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept, sizes
+    agreement = empty_agreement(scale, group)
+    return neg_lse, torch.empty_like(own), z, norm, torch.empty_like(norm), own, kept, agreement
 
 
 @torch.library.register_fake("gcl_kernels::neg_lse_backward", lib=LIBRARY)
@@ -423,7 +425,7 @@ refuse_backward("neg_lse_backward", NO_DOUBLE_BACKWARD)
 
 class NegLSE(torch.autograd.Function):
     """(static arguments, sample_ids, scale, *views) -> (neg_lse [V, N], own_logits [V, V, N]), and
-    of a group sizes [W]."""
+    of a group agreement [W + 1]."""
 
     @staticmethod
     def forward(
@@ -444,7 +446,7 @@ class NegLSE(torch.autograd.Function):
         operator = torch.ops.gcl_kernels.neg_lse
         if unwatched(scale, sample_ids, *views):
             operator = _forward
-        neg_lse, own_logits, z, norm, inverse, own, kept, sizes = operator(
+        neg_lse, own_logits, z, norm, inverse, own, kept, agreement = operator(
             views,
             scale,
             sample_ids,
@@ -459,18 +461,18 @@ class NegLSE(torch.autograd.Function):
             needs_grad,
         )
         ctx.save_for_backward(
-            sample_ids, scale, z, norm, inverse, own, kept, neg_lse, sizes, *views
+            sample_ids, scale, z, norm, inverse, own, kept, neg_lse, agreement, *views
         )
         ctx.static = (candidates, normalize, max_scale, backend, group, exchange)
         ctx.kept_for = needs_grad
         # Without a group there are none, and an output costs some microseconds.
-        return (neg_lse, own_logits, sizes) if group else (neg_lse, own_logits)
+        return (neg_lse, own_logits, agreement) if group else (neg_lse, own_logits)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_sizes: Tensor
+        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_agreement: Tensor
     ) -> tuple[Tensor | None, ...]:
-        sample_ids, scale, *saved, sizes = ctx.saved_tensors[:9]
+        sample_ids, scale, *saved, agreement = ctx.saved_tensors[:9]
         views = list(ctx.saved_tensors[9:])
         # Backends read by address, and saved tensors may come back from a hook in another layout.
         z, norm, inverse, own, kept, neg_lse = (tensor.contiguous() for tensor in saved)
@@ -490,7 +492,7 @@ class NegLSE(torch.autograd.Function):
             inverse,
             own,
             kept,
-            sizes,
+            agreement,
             neg_lse,
             grad_neg_lse,
             grad_own_logits,
@@ -518,7 +520,7 @@ def negatives(
         absent = [[(min(a, b), max(a, b)) not in own_pairs for b in views_of] for a in views_of]
         mask = torch.tensor(absent, device=own_logits.device).unsqueeze(-1)
         return neg_lse, own_logits.masked_fill(mask, ABSENT), None
-    neg_lse, own_logits, *sizes = NegLSE.apply(
+    neg_lse, own_logits, *agreement = NegLSE.apply(
         [entry for row in spec.candidates for entry in row],
         [index for pair in own_pairs for index in pair],
         spec.normalize,
@@ -532,7 +534,7 @@ def negatives(
         scale,
         *distinct(views),
     )
-    return neg_lse, own_logits, sizes[0] if sizes else None
+    return neg_lse, own_logits, agreement[0][:-1] if agreement else None
 
 
 def neg_lse(

@@ -43,7 +43,9 @@ from gcl_kernels.distributed import (
     Meeting,
     PerSample,
     agree,
-    empty_sizes,
+    empty_agreement,
+    lines_for_others,
+    lines_that_meet,
     neg_lse_with_others,
 )
 from gcl_kernels.operators import (
@@ -136,9 +138,9 @@ def _forward(
     )
     plan = _plan(backend, z, len(bases))
     kept = _empty_kept(backend, z, scale, len(bases), needs_grad)
-    sizes, others = empty_sizes(scale), None
+    agreement, others = empty_agreement(scale), None
     if group:
-        sizes = agree(
+        agreement = agree(
             group,
             problem,
             z.shape[1],
@@ -149,7 +151,7 @@ def _forward(
             ),
             exchange=exchange,
         )
-        others = Exchange(group, exchange, sizes, _shard(problem))
+        others = Exchange(group, exchange, agreement, _shard(problem))
     block_stats = BACKENDS[backend].module.fused_block_stats
     neg_lse = BACKENDS[backend].fused_statistics(problem, plan, kept)
     if neg_lse is None:
@@ -157,7 +159,7 @@ def _forward(
     if others is not None:
         rectangle = partial(_rectangle, backend, problem)
         neg_lse = neg_lse_with_others(others, neg_lse, block_stats, rectangle)
-    return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept, sizes
+    return neg_lse, own_logits, z, inverse, lengths, coefficients, dots, kept, agreement
 
 
 def _shard(problem: FusedProblem) -> list[PerSample]:
@@ -271,7 +273,7 @@ def _add_gradient_of_others(
     """Add to ``R`` and ``U`` what the other processes' samples contribute.
 
     Args:
-        lines: ``neg_lse``, :func:`subtractable`, and its gradient, [2, V, N].
+        lines: from :func:`lines_for_others`.
     """
 
     needed = [b for b in range(2) if needs_base[b]]
@@ -279,7 +281,7 @@ def _add_gradient_of_others(
     def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
         lines_other, *shard = given
         rectangle, plan = _rectangle(backend, problem, meeting, shard)
-        lse, grad = zip(lines, lines_other, strict=True)
+        lse, grad = lines_that_meet(lines, lines_other)
         of_others = (
             torch.zeros_like(rectangle.z_cols, dtype=r.dtype),
             torch.zeros_like(rectangle.coefficients_cols),
@@ -325,7 +327,7 @@ def _backward(
     coefficients: Tensor,
     dots: Tensor,
     kept: Tensor,
-    sizes: Tensor,
+    agreement: Tensor,
     neg_lse: Tensor,
     grad_neg_lse: Tensor,
     grad_own_logits: Tensor,
@@ -336,9 +338,9 @@ def _backward(
     )
     neg_lse, grad, others = neg_lse.contiguous(), grad_neg_lse.contiguous(), None
     if group:
-        lines = torch.stack([subtractable(neg_lse), grad])
+        lines = lines_for_others(neg_lse, grad, agreement)
         own_shard = [PerSample(lines, 2), *_shard(problem)]
-        others = Exchange(group, exchange, sizes, own_shard)
+        others = Exchange(group, exchange, agreement, own_shard)
     r, inner = _matrix_gradient(
         BACKENDS[backend],
         problem,
@@ -374,14 +376,14 @@ LIBRARY.define(
     "bool[] candidates, int[] own_pairs, int[] bases, bool normalize, float? max_scale, "
     "ScalarType compute_dtype, str backend, str group, str exchange, bool[] needs_grad) -> "
     "(Tensor neg_lse, Tensor own_logits, Tensor z, Tensor inverse, Tensor lengths, "
-    "Tensor coefficients, Tensor dots, Tensor kept, Tensor sizes)"
+    "Tensor coefficients, Tensor dots, Tensor kept, Tensor agreement)"
 )
 LIBRARY.define(
     "fused_neg_lse_backward(Tensor e_0, Tensor e_1, Tensor mixing, Tensor scale, "
     "Tensor? sample_ids, bool[] candidates, int[] own_pairs, int[] bases, bool normalize, "
     "float? max_scale, str backend, str group, str exchange, Tensor z, Tensor inverse, "
-    "Tensor lengths, Tensor coefficients, Tensor dots, Tensor kept, Tensor sizes, Tensor neg_lse, "
-    "Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) -> Tensor[]"
+    "Tensor lengths, Tensor coefficients, Tensor dots, Tensor kept, Tensor agreement, "
+    "Tensor neg_lse, Tensor grad_neg_lse, Tensor grad_own_logits, bool[] needs_grad) -> Tensor[]"
 )
 LIBRARY.impl("fused_neg_lse", _forward, "CompositeExplicitAutograd")
 LIBRARY.impl("fused_neg_lse_backward", _backward, "CompositeExplicitAutograd")
@@ -418,7 +420,7 @@ def _forward_fake(
         scale.new_empty(num_views, 2, num_samples),
         scale.new_empty(2, 2, num_samples),
         _empty_kept(backend, z, scale, num_views, needs_grad),
-        empty_sizes(scale, group),
+        empty_agreement(scale, group),
     )
 
 
@@ -458,7 +460,7 @@ class FusedNegLSE(torch.autograd.Function):
         operator = torch.ops.gcl_kernels.fused_neg_lse
         if unwatched(sample_ids, *inputs):
             operator = _forward
-        neg_lse, own_logits, *saved, sizes = operator(
+        neg_lse, own_logits, *saved, agreement = operator(
             *inputs,
             sample_ids,
             candidates,
@@ -472,17 +474,17 @@ class FusedNegLSE(torch.autograd.Function):
             exchange,
             needs_grad,
         )
-        ctx.save_for_backward(*inputs, sample_ids, *saved, sizes, neg_lse)
+        ctx.save_for_backward(*inputs, sample_ids, *saved, agreement, neg_lse)
         ctx.static = (candidates, own_pairs, bases, normalize, max_scale, backend, group, exchange)
         # Without a group there are none, and an output costs some microseconds.
-        return (neg_lse, own_logits, sizes) if group else (neg_lse, own_logits)
+        return (neg_lse, own_logits, agreement) if group else (neg_lse, own_logits)
 
     @staticmethod
     def backward(
-        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_sizes: Tensor
+        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_agreement: Tensor
     ) -> tuple[Tensor | None, ...]:
         *inputs, sample_ids = ctx.saved_tensors[:5]
-        *saved, sizes, neg_lse = ctx.saved_tensors[5:]
+        *saved, agreement, neg_lse = ctx.saved_tensors[5:]
         # Backends read by address, and saved tensors may come back from a hook in another layout.
         z, inverse, lengths, coefficients, dots, kept = (tensor.contiguous() for tensor in saved)
         needs_grad = list(ctx.needs_input_grad[11:])
@@ -499,7 +501,7 @@ class FusedNegLSE(torch.autograd.Function):
             coefficients,
             dots,
             kept,
-            sizes,
+            agreement,
             neg_lse,
             grad_neg_lse,
             grad_own_logits,
@@ -528,7 +530,7 @@ def fused_negatives(
         mixing: [V, 2] in the accumulation dtype, with gradient where it is no constant.
         bases: for each view the base that it is, its row of ``mixing`` being one and zero, or None.
     """
-    neg_lse, own_logits, *sizes = FusedNegLSE.apply(
+    neg_lse, own_logits, *agreement = FusedNegLSE.apply(
         [entry for row in spec.candidates for entry in row],
         [index for pair in own_pairs for index in pair],
         [-1 if base is None else base for base in bases],
@@ -544,4 +546,4 @@ def fused_negatives(
         mixing,
         scale,
     )
-    return neg_lse, own_logits, sizes[0] if sizes else None
+    return neg_lse, own_logits, agreement[0][:-1] if agreement else None

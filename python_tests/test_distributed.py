@@ -361,6 +361,37 @@ def test_same_bits(pool, exchange):
     assert all(pool.run(repeated, exchange))
 
 
+def swapped(road: str, backend: str, exchange: str) -> list[Tensor]:
+    """Two losses of the same shapes; rank 1 goes backward in another order. Then all in one."""
+    options = {"group": "world", "exchange": exchange, "backend": backend}
+    batches = [
+        [v.float().requires_grad_() for v in random_views(11, 6, 10 * b + dist.get_rank())]
+        for b in range(2)
+    ]
+    scale = torch.tensor(20.0, requires_grad=True)
+    grads = []
+    for order in ((1, 0) if dist.get_rank() == 1 else (0, 1), (0, 1)):
+        losses = []
+        for i, t, it in batches:
+            e_it = None if road == "fused" else it
+            losses.append(gcl_kernels.gcl_loss(i, t, e_it, scale, **options))
+        for b in order:
+            inputs = (*batches[b][: 2 if road == "fused" else 3], scale)
+            grads += torch.autograd.grad(losses[b], inputs)
+    return grads
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+@pytest.mark.parametrize("road", ["three views", "fused"])
+def test_backward_passes_in_different_orders_make_nan(pool, road, backend, exchange):
+    """No wrong gradient; and the next step is right."""
+    for grads in pool.run(swapped, road, backend, exchange):
+        mixed, right = grads[: len(grads) // 2], grads[len(grads) // 2 :]
+        assert all(grad.isnan().all() for grad in mixed)
+        assert all(grad.isfinite().all() for grad in right)
+
+
 def half_step(dtype: torch.dtype, road: str, upstream: float) -> list[tuple[Tensor, ...]]:
     """Products of half types, as on a GPU; and beside it the whole batch in one process."""
     with pytest.MonkeyPatch.context() as patch:
@@ -446,7 +477,7 @@ def test_memory(monkeypatch, road, exchange):
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda calls: [_Arrived()])
     fuses = road == "fused"
     module = score_fusion if fuses else negatives
-    monkeypatch.setattr(module, "agree", lambda *a, **k: torch.full((world,), n))
+    monkeypatch.setattr(module, "agree", lambda *a, **k: torch.tensor([n] * world + [0]))
     monkeypatch.setattr(problem, "KEPT_ELEMENTS", 0)
     monkeypatch.setattr(embeddings, "_CHUNK_ELEMENTS", {"default": 1024})
     monkeypatch.setattr(tiled, "BLOCK_ROWS", {"default": 32})
