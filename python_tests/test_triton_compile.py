@@ -65,6 +65,11 @@ def is_compiled_elsewhere(v: Variant) -> bool:
     return v.tile == dataclasses.replace(v, chip=model_of(v.chip)).tile
 
 
+def is_looser(v: Variant) -> bool:
+    """Whether fused weights with the same tile take more registers, and other chips show how."""
+    return v.kernel == "fused_stats" and v.row != "fma" and v.chip not in ("sm_90", "gfx942")
+
+
 def chosen() -> list[Variant]:
     """Every kernel with every tile on every chip, as it takes most registers: on the diagonal, the
     fused weights with ids. What a row is used for beside that, on the chip that has it all."""
@@ -80,7 +85,8 @@ def chosen() -> list[Variant]:
             continue  # half types take as many bytes
         elif fused:
             ids = (v.kernel, v.row) == ("fused_weights", "large")
-            kept += [dataclasses.replace(v, ids=ids)] if v.diagonal else []
+            if v.diagonal and not is_looser(v):
+                kept.append(dataclasses.replace(v, ids=ids))
         elif (
             v.chip == "sm_90"
             or (v.diagonal and (v.dtype == half or v.row == "fma"))
@@ -109,8 +115,10 @@ def resources() -> dict[Variant, Resources]:
 def test_every_tile_is_compiled():
     compiled = {(v.chip, v.row, v.kernel) for v in CHOSEN}
     for (chip, row), kernel in itertools.product(TILES, TILE_KERNELS):
-        elsewhere = is_compiled_elsewhere(Variant(kernel, chip, row, torch.bfloat16))
-        assert (model_of(chip) if elsewhere else chip, row, kernel) in compiled
+        variant = Variant(kernel, chip, row, torch.bfloat16)
+        if is_compiled_elsewhere(variant):
+            variant = dataclasses.replace(variant, chip=model_of(chip))
+        assert (variant.chip, row, kernel) in compiled or is_looser(variant)
     for kernel in FOLDS:
         assert {v.chip for v in CHOSEN if v.kernel == kernel} == set(CHIPS)
 

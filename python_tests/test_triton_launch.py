@@ -1,10 +1,12 @@
 """The launches themselves, as far as the device: Triton binds the arguments of every kernel,
-decides which become constants, and compiles, with a driver that has a chip's name but no chip.
+decides which become constants, and compiles, with a driver that has a chip's name but no chip. The
+last step, machine code, is ``test_triton_compile``'s.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import traceback
@@ -75,6 +77,7 @@ def main() -> None:
     """In a process of its own: launch everything on a chip that is not there, and print for each
     function and case what was launched."""
     from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -92,6 +95,17 @@ def main() -> None:
 
     driver.set_active(Driver())
     run, launched = JITFunction.run, []
+    add_stages = CUDABackend.add_stages
+
+    def no_code(module, metadata) -> bytes:
+        metadata.update(name="", shared=0)
+        return b""
+
+    def add_stages_of_triton(self, stages, *arguments):
+        add_stages(self, stages, *arguments)
+        stages.update(dict.fromkeys(("llir", "ptx", "cubin"), no_code))
+
+    CUDABackend.add_stages = add_stages_of_triton
 
     def only_compile(self, *arguments, grid, warmup, **named):
         launched.append(self.__name__)
@@ -110,9 +124,13 @@ def main() -> None:
 
 
 @pytest.fixture(scope="module")
-def launches() -> dict[tuple[str, str], list[str]]:
+def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[str]]:
     code = f"import sys; sys.path[:0] = {sys.path!r}; import test_triton_launch as t; t.main()"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # Kernels without machine code must not be found by others.
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     lines = map(json.loads, result.stdout.splitlines())
     return {(function, case): launched for function, case, launched in lines}
