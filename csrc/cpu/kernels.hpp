@@ -80,20 +80,16 @@ struct EmbeddingGradient {
   T* grad_scale;       // each row's share
 };
 
-// The bases of score fusion, and V views of them.
+// The bases of score fusion, and V views of them, in either pass.
 template <class T>
-struct FusedEmbedding {
+struct FusedSamples {
   int views;
   int64_t samples, dim;
   bool normalize;
-  T eps, scale, absent;
-  const T* e[2];
-  int64_t pitch[2];
-  int bases[max_views];                // -1: a combination
-  bool pairs[max_views * max_views];  // whose own-sample logits were asked for
-  bool self;                           // some of a view with itself
-  const T* mixing;                     // [V, 2]
-  T *z, *inverse, *lengths, *coefficients, *dots, *own_logits;
+  bool self;  // some view's own-sample logit with itself was asked for
+  T eps, scale;
+  int bases[max_views];  // -1: a combination
+  T *z, *inverse, *lengths, *coefficients, *dots;
 
   FusedSample<T> sample(int64_t j) const {
     return {views,   bases,   normalize,    self, scale,   eps,
@@ -102,20 +98,20 @@ struct FusedEmbedding {
 };
 
 template <class T>
-struct FusedGradient {
-  int views;
-  int64_t samples, dim;
-  bool normalize, self;
-  T eps, scale;
-  int bases[max_views];
-  const T *z, *inverse, *lengths, *coefficients, *dots, *r, *inner, *grad_own_logits;
+struct FusedEmbedding : FusedSamples<T> {
+  T absent;
+  const T* e[2];
+  int64_t pitch[2];
+  bool pairs[max_views * max_views];  // whose own-sample logits were asked for
+  const T* mixing;                    // [V, 2]
+  T* own_logits;
+};
+
+template <class T>
+struct FusedGradient : FusedSamples<T> {
+  const T *r, *inner, *grad_own_logits;
   T* grad[2];  // null: not needed
   T* shares;   // [2 V + 1, N]: each sample's of the gradients of mixing and of the scale
-
-  FusedSample<T> sample(int64_t j) const {
-    return {views,   bases,   normalize,    self, scale,   eps,
-            inverse, lengths, coefficients, dots, samples, j};
-  }
 };
 
 // A strip of rows of one block over samples; arrays of V rows have the pitches given.
