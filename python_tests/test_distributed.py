@@ -385,7 +385,7 @@ def swapped(road: str, backend: str, exchange: str) -> list[Tensor]:
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 @pytest.mark.parametrize("road", ["three views", "fused"])
 def test_backward_passes_in_different_orders_make_nan(pool, road, backend, exchange):
-    """No wrong gradient; and the next step is right."""
+    """No wrong gradient; and the next step has gradients again."""
     for grads in pool.run(swapped, road, backend, exchange):
         mixed, right = grads[: len(grads) // 2], grads[len(grads) // 2 :]
         assert all(grad.isnan().all() for grad in mixed)
