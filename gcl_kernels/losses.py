@@ -24,12 +24,23 @@ from gcl_kernels.negatives import Arguments, negatives, prepare
 from gcl_kernels.score_fusion import fused_negatives
 from gcl_kernels.spec import (
     DEFAULT_TEMPERATURE,
+    NORM_EPS,
+    BackendName,
+    ExchangeName,
+    Group,
     LossSpec,
+    NegativesSpec,
+    OtherPositives,
+    Reduction,
+    SelfSimilarity,
+    Table,
     check_compute_dtype,
     check_normalize,
     check_positive,
     check_views,
     make_loss_spec,
+    plain_number,
+    recordable,
     refuse_dtensor,
     view_list,
 )
@@ -61,7 +72,16 @@ def _log_ratio(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
             return torch.cat([neg_lse.unsqueeze(1), own_logits], 1).log_softmax(1)[:, 1:]
         mask = ~_table(competes, torch.bool, device).unsqueeze(-1)
         terms = torch.cat([neg_lse.unsqueeze(1), own_logits.masked_fill(mask, ABSENT)], 1)
-        return own_logits - terms.logsumexp(1, keepdim=True)
+        log_den = terms.logsumexp(1)
+        if all(any(row) for row in competes):
+            return own_logits - log_den.unsqueeze(1)
+        # Some denominators hold nothing of their own sample, and without a negative nothing at all:
+        # log 0, not ABSENT; and zero times the infinite loss of such a pair is not zero.
+        alone = _table([[not any(row)] * len(row) for row in competes], torch.bool, device)
+        log_den = torch.where(alone[:, :1], neg_lse, log_den)
+        unweighted = [[weight == 0 for weight in row] for row in spec.pair_weights]
+        mask = _table(unweighted, torch.bool, device).unsqueeze(-1)
+        return (own_logits - log_den.unsqueeze(1)).masked_fill(mask, 0)
     # No other positive in the denominator: -log(1 + exp(log(den - own term) - x)). Its gradient
     # keeps full relative precision where the batch is nearly solved.
     rest = neg_lse
@@ -105,16 +125,16 @@ def multiview_contrastive_loss(
     *,
     temperature: float | Tensor | None = None,
     normalize: bool = True,
-    pair_weights: Any = None,
-    candidates: Any = None,
+    pair_weights: Table | None = None,
+    candidates: Table | None = None,
     sample_ids: Tensor | None = None,
-    self_similarity: str = "mask",
-    other_positives: str = "compete",
-    reduction: str = "mean",
+    self_similarity: SelfSimilarity = "mask",
+    other_positives: OtherPositives = "compete",
+    reduction: Reduction = "mean",
     compute_dtype: torch.dtype | None = None,
-    backend: str = "auto",
-    group: Any = None,
-    exchange: str = "gather",
+    backend: BackendName = "auto",
+    group: Group = None,
+    exchange: ExchangeName = "gather",
 ) -> Tensor:
     """The contrastive loss over any ``V >= 2`` views of ``N`` samples.
 
@@ -146,35 +166,42 @@ def multiview_contrastive_loss(
     return _loss(views, spec, given)
 
 
-def _fuse(e_i: Tensor, e_t: Tensor, weights: Sequence[float | Tensor]) -> Tensor:
-    """``alpha e_i + beta e_t``, summed in at least float32: a rounded sum would be other data."""
-    dtype = torch.promote_types(torch.promote_types(e_i.dtype, e_t.dtype), torch.float32)
+def _fuse(
+    e_i: Tensor, e_t: Tensor, weights: Sequence[float | Tensor], spec: NegativesSpec
+) -> Tensor:
+    """``alpha e_i + beta e_t`` as score fusion has it: in the accumulation dtype, and a zero vector
+    where it is normalised and too short."""
     alpha, beta = weights
-    return alpha * e_i.to(dtype) + beta * e_t.to(dtype)
+    fused = alpha * e_i.to(spec.accum_dtype) + beta * e_t.to(spec.accum_dtype)
+    if not spec.normalize:
+        return fused
+    too_short = torch.linalg.vector_norm(fused.detach(), dim=-1, keepdim=True) <= NORM_EPS
+    return fused.masked_fill(too_short, 0)
 
 
 def _mixing(weights: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     """What image, text and fused embeddings are made of: [3, 2]."""
-    if not any(isinstance(weight, Tensor) for weight in weights):
-        if device.type == "cpu":
-            return torch.tensor([[1, 0], [0, 1], weights], dtype=dtype, device=device)
-    one, zero = (
-        torch.ones((), dtype=dtype, device=device),
-        torch.zeros((), dtype=dtype, device=device),
-    )
+    learned = any(isinstance(weight, Tensor) for weight in weights)
+    if device.type == "cpu" and not learned and not torch.compiler.is_compiling():
+        return torch.tensor([[1, 0], [0, 1], weights], dtype=dtype, device=device)
+    one = torch.ones((), dtype=dtype, device=device)
+    zero = torch.zeros_like(one)
     alpha, beta = (
-        weight.reshape(()).to(dtype)
-        if isinstance(weight, Tensor)
-        else torch.full((), weight, dtype=dtype, device=device)
+        # A number as an operand, too: filled in, it would be a constant of a compiled graph.
+        weight.reshape(()).to(dtype) if isinstance(weight, Tensor) else one * weight
         for weight in weights
     )
     return torch.stack([one, zero, zero, one, alpha, beta]).view(3, 2)
 
 
-def _check_fusion_weights(weights: Any, device: torch.device | None = None) -> None:
+def _checked_fusion_weights(
+    weights: Any, device: torch.device | None = None
+) -> tuple[float | Tensor, float | Tensor]:
+    """``weights`` as two Python numbers or tensors; raises unless they are such."""
     if not isinstance(weights, (tuple, list)) or len(weights) != 2:
         raise ValueError(f"fusion_weights: expected two numbers or tensors, got {weights!r}")
-    for index, weight in enumerate(weights):
+    alpha, beta = (recordable(plain_number(weight)) for weight in weights)
+    for index, weight in enumerate((alpha, beta)):
         name = f"fusion_weights[{index}]"
         refuse_dtensor(name, weight)
         if isinstance(weight, Tensor):
@@ -188,6 +215,7 @@ def _check_fusion_weights(weights: Any, device: torch.device | None = None) -> N
             raise TypeError(f"{name}: expected a number or a tensor, got {type(weight).__name__}")
         elif not -math.inf < weight < math.inf:
             raise ValueError(f"{name}: expected a finite number, got {weight}")
+    return alpha, beta
 
 
 def _gcl(
@@ -207,11 +235,11 @@ def _gcl(
         check_views((e_i, e_t, e_it), ("e_i", "e_t", "e_it"))
         return _loss((e_i, e_t, e_it), spec, given)
     check_views((e_i, e_t), ("e_i", "e_t"))
-    _check_fusion_weights(fusion_weights, e_i.device)
+    fusion_weights = _checked_fusion_weights(fusion_weights, e_i.device)
     scale, negatives_spec = prepare((e_i, e_t), spec.candidates, given)
     sample_ids = given.sample_ids
     if negatives_spec.backend == "reference":
-        views = (e_i, e_t, _fuse(e_i, e_t, fusion_weights))
+        views = (e_i, e_t, _fuse(e_i, e_t, fusion_weights, negatives_spec))
         return _reduce(*negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec), spec)
     mixing = _mixing(fusion_weights, negatives_spec.accum_dtype, e_i.device)
     return _reduce(
@@ -230,17 +258,17 @@ def gcl_loss(
     *,
     temperature: float | Tensor | None = None,
     normalize: bool = True,
-    pair_weights: Any = None,
-    candidates: Any = None,
+    pair_weights: Table | None = None,
+    candidates: Table | None = None,
     sample_ids: Tensor | None = None,
-    self_similarity: str = "mask",
-    other_positives: str = "compete",
+    self_similarity: SelfSimilarity = "mask",
+    other_positives: OtherPositives = "compete",
     fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     compute_dtype: torch.dtype | None = None,
-    backend: str = "auto",
-    group: Any = None,
-    exchange: str = "gather",
+    backend: BackendName = "auto",
+    group: Group = None,
+    exchange: ExchangeName = "gather",
 ) -> Tensor:
     """The Generalized Contrastive Learning loss (Lee et al., NeurIPS 2025, arXiv 2509.25638).
 
@@ -321,13 +349,13 @@ def clip_loss(
     *,
     temperature: float | Tensor | None = None,
     normalize: bool = True,
-    pair_weights: Any = None,
+    pair_weights: Table | None = None,
     sample_ids: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     compute_dtype: torch.dtype | None = None,
-    backend: str = "auto",
-    group: Any = None,
-    exchange: str = "gather",
+    backend: BackendName = "auto",
+    group: Group = None,
+    exchange: ExchangeName = "gather",
 ) -> Tensor:
     """CLIP's symmetric cross-entropy (Radford et al. 2021): candidates are the other view.
 
@@ -351,14 +379,14 @@ def nt_xent_loss(
     *,
     temperature: float | Tensor | None = None,
     normalize: bool = True,
-    pair_weights: Any = None,
+    pair_weights: Table | None = None,
     sample_ids: Tensor | None = None,
-    self_similarity: str = "mask",
-    reduction: str = "mean",
+    self_similarity: SelfSimilarity = "mask",
+    reduction: Reduction = "mean",
     compute_dtype: torch.dtype | None = None,
-    backend: str = "auto",
-    group: Any = None,
-    exchange: str = "gather",
+    backend: BackendName = "auto",
+    group: Group = None,
+    exchange: ExchangeName = "gather",
 ) -> Tensor:
     """SimCLR's NT-Xent (Chen et al. 2020): both views' embeddings, all but the anchor, compete.
 
@@ -400,16 +428,16 @@ class GCLLoss(nn.Module):
         learnable_scale: bool = False,
         max_logit_scale: float = 100.0,
         normalize: bool = True,
-        pair_weights: Any = None,
-        candidates: Any = None,
-        self_similarity: str = "mask",
-        other_positives: str = "compete",
+        pair_weights: Table | None = None,
+        candidates: Table | None = None,
+        self_similarity: SelfSimilarity = "mask",
+        other_positives: OtherPositives = "compete",
         fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         compute_dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        group: Any = None,
-        exchange: str = "gather",
+        backend: BackendName = "auto",
+        group: Group = None,
+        exchange: ExchangeName = "gather",
     ) -> None:
         super().__init__()
         self.spec = make_loss_spec(
@@ -421,15 +449,14 @@ class GCLLoss(nn.Module):
             reduction=reduction,
         )
         temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
-        check_positive("temperature", temperature)
-        check_positive("max_logit_scale", max_logit_scale)
+        temperature = check_positive("temperature", temperature)
+        max_logit_scale = check_positive("max_logit_scale", max_logit_scale)
         if learnable_scale and 1 / temperature > max_logit_scale:
             raise ValueError(
                 "temperature: expected at least 1 / max_logit_scale = "
                 f"{1 / max_logit_scale:g}, got {temperature}"
             )
         check_normalize(normalize)
-        _check_fusion_weights(fusion_weights)
         if compute_dtype is not None:
             check_compute_dtype(compute_dtype)
         check_backend(backend)
@@ -437,7 +464,7 @@ class GCLLoss(nn.Module):
         self.temperature = temperature
         self.max_logit_scale = max_logit_scale
         self.normalize = normalize
-        self.alpha, self.beta = fusion_weights
+        self.alpha, self.beta = _checked_fusion_weights(fusion_weights)
         self.compute_dtype = compute_dtype
         self.backend = backend
         self.group = group
@@ -484,3 +511,35 @@ class GCLLoss(nn.Module):
             self.exchange,
         )
         return _gcl(self.spec, e_i, e_t, e_it, (self.alpha, self.beta), given)
+
+    def extra_repr(self) -> str:
+        """The temperature, and the options that are not the defaults."""
+        default, learnable = make_loss_spec(3), self.log_logit_scale is not None
+        fusion_weights = tuple(
+            type(weight).__name__ if isinstance(weight, Tensor) else weight
+            for weight in (self.alpha, self.beta)
+        )
+        options = {
+            "temperature": (self.temperature, None),
+            "learnable_scale": (learnable, False),
+            "max_logit_scale": (self.max_logit_scale, self.max_logit_scale if not learnable else 0),
+            "normalize": (self.normalize, True),
+            **{
+                name: (getattr(self.spec, name), getattr(default, name))
+                for name in (
+                    "pair_weights",
+                    "candidates",
+                    "self_similarity",
+                    "other_positives",
+                    "reduction",
+                )
+            },
+            "fusion_weights": (fusion_weights, (1.0, 1.0)),
+            "compute_dtype": (self.compute_dtype, None),
+            "backend": (self.backend, "auto"),
+            "group": (self.group, None),
+            "exchange": (self.exchange, "gather"),
+        }
+        return ", ".join(
+            f"{name}={value!r}" for name, (value, usual) in options.items() if value != usual
+        )

@@ -48,18 +48,26 @@ from gcl_kernels.operators import (
     NO_OWN_GRADIENT,
     OwnPairs,
     distinct,
+    finite_scale,
     known_scale,
+    needed_views,
     needing_grad,
+    operator,
     refuse_backward,
+    refuse_transforms,
+    save,
     subtractable,
     unflatten,
-    unwatched,
     weight_unit,
 )
 from gcl_kernels.problem import Problem, Workspace, empty_kept, neg_lse_by_blocks
 from gcl_kernels.spec import (
+    BackendName,
     BoolTable,
+    ExchangeName,
+    Group,
     NegativesSpec,
+    Table,
     bool_table,
     check_normalize,
     check_sample_ids,
@@ -67,6 +75,7 @@ from gcl_kernels.spec import (
     resolve_dtypes,
     resolve_scale,
     view_list,
+    warn_of_temperature,
 )
 
 
@@ -119,6 +128,7 @@ def _forward(
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     pairs = unflatten(own_pairs, 2)
+    scale = finite_scale(scale, max_scale)
     z, norm, inverse, own, own_logits = BACKENDS[backend].embed(
         views, pairs, normalize, compute_dtype, scale
     )
@@ -424,45 +434,25 @@ refuse_backward("neg_lse_backward", NO_DOUBLE_BACKWARD)
 
 
 class NegLSE(torch.autograd.Function):
-    """(static arguments, sample_ids, scale, *views) -> (neg_lse [V, N], own_logits [V, V, N]), and
-    of a group agreement [W + 1]."""
+    """(static arguments, needs_grad, sample_ids, scale, *views) -> (neg_lse [V, N],
+    own_logits [V, V, N]), and of a group agreement [W + 1]."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        candidates: list[bool],
-        own_pairs: list[int],
-        normalize: bool,
-        max_scale: float | None,
-        compute_dtype: torch.dtype,
-        backend: str,
-        group: str,
-        exchange: str,
+        static: tuple[Any, ...],
         needs_grad: list[bool],
         sample_ids: Tensor | None,
         scale: Tensor,
         *views: Tensor,
     ) -> tuple[Tensor, ...]:
-        operator = torch.ops.gcl_kernels.neg_lse
-        if unwatched(scale, sample_ids, *views):
-            operator = _forward
-        neg_lse, own_logits, z, norm, inverse, own, kept, agreement = operator(
-            views,
-            scale,
-            sample_ids,
-            candidates,
-            own_pairs,
-            normalize,
-            max_scale,
-            compute_dtype,
-            backend,
-            group,
-            exchange,
-            needs_grad,
+        forward = operator("neg_lse", _forward, scale, sample_ids, *views)
+        neg_lse, own_logits, z, *saved, agreement = forward(
+            views, scale, sample_ids, *static, needs_grad
         )
-        ctx.save_for_backward(
-            sample_ids, scale, z, norm, inverse, own, kept, neg_lse, agreement, *views
-        )
+        kept_views = needed_views(views, z, scale)
+        save(ctx, sample_ids, scale, z, *saved, neg_lse, agreement, *kept_views)
+        candidates, _, normalize, max_scale, _, backend, group, exchange = static
         ctx.static = (candidates, normalize, max_scale, backend, group, exchange)
         ctx.kept_for = needs_grad
         # Without a group there are none, and an output costs some microseconds.
@@ -472,17 +462,19 @@ class NegLSE(torch.autograd.Function):
     def backward(
         ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_agreement: Tensor
     ) -> tuple[Tensor | None, ...]:
-        sample_ids, scale, *saved, agreement = ctx.saved_tensors[:9]
-        views = list(ctx.saved_tensors[9:])
+        refuse_transforms(grad_neg_lse, grad_own_logits)
+        # Read once: checkpointing unpacks what is saved no second time.
+        sample_ids, scale, *saved = ctx.saved_tensors
+        saved, agreement, views = saved[:6], saved[6], saved[7:] or saved[0].unbind(0)
         # Backends read by address, and saved tensors may come back from a hook in another layout.
         z, norm, inverse, own, kept, neg_lse = (tensor.contiguous() for tensor in saved)
-        needs_grad = [*ctx.needs_input_grad[11:], ctx.needs_input_grad[10]]
+        needs_grad = [*ctx.needs_input_grad[4:], ctx.needs_input_grad[3]]
         if needs_grad[:-1] != ctx.kept_for[:-1]:
             kept = kept.new_empty(0)  # of other blocks
-        operator = torch.ops.gcl_kernels.neg_lse_backward
-        if unwatched(grad_neg_lse, grad_own_logits, scale, *views):
-            operator = _backward
-        *grads, grad_scale = operator(
+        backward = operator(
+            "neg_lse_backward", _backward, grad_neg_lse, grad_own_logits, scale, *views
+        )
+        *grads, grad_scale = backward(
             views,
             scale,
             sample_ids,
@@ -499,7 +491,7 @@ class NegLSE(torch.autograd.Function):
             needs_grad,
         )
         return (
-            *(None,) * 10,
+            *(None,) * 3,
             grad_scale if needs_grad[-1] else None,
             *(grad if need else None for grad, need in zip(grads, needs_grad[:-1], strict=True)),
         )
@@ -520,7 +512,8 @@ def negatives(
         absent = [[(min(a, b), max(a, b)) not in own_pairs for b in views_of] for a in views_of]
         mask = torch.tensor(absent, device=own_logits.device).unsqueeze(-1)
         return neg_lse, own_logits.masked_fill(mask, ABSENT), None
-    neg_lse, own_logits, *agreement = NegLSE.apply(
+    refuse_transforms(*views, scale)
+    static = (
         [entry for row in spec.candidates for entry in row],
         [index for pair in own_pairs for index in pair],
         spec.normalize,
@@ -529,11 +522,18 @@ def negatives(
         spec.backend,
         spec.group,
         spec.exchange,
-        needing_grad(*views, scale),
-        sample_ids,
-        scale,
-        *distinct(views),
     )
+    needs_grad = needing_grad(*views, scale)
+    if any(needs_grad):
+        neg_lse, own_logits, *agreement = NegLSE.apply(
+            static, needs_grad, sample_ids, scale, *distinct(views)
+        )
+    else:
+        # No node of the graph; for Dynamo no Function, to which it gives a context at times only.
+        with torch.no_grad():
+            forward = operator("neg_lse", _forward, scale, sample_ids, *views)
+            neg_lse, own_logits, *agreement = forward(views, scale, sample_ids, *static, needs_grad)
+        agreement = agreement[-1:] if spec.group else []
     return neg_lse, own_logits, agreement[0][:-1] if agreement else None
 
 
@@ -543,12 +543,12 @@ def neg_lse(
     *,
     temperature: float | Tensor | None = None,
     normalize: bool = True,
-    candidates: Any = None,
+    candidates: Table | None = None,
     sample_ids: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
-    backend: str = "auto",
-    group: Any = None,
-    exchange: str = "gather",
+    backend: BackendName = "auto",
+    group: Group = None,
+    exchange: ExchangeName = "gather",
 ) -> Tensor:
     """Log of the summed exponentials of every anchor's logits against its negatives.
 
@@ -599,20 +599,26 @@ class Arguments(NamedTuple):
     normalize: bool
     sample_ids: Tensor | None
     compute_dtype: torch.dtype | None
-    backend: str
-    group: Any
-    exchange: str
+    backend: BackendName
+    group: Group
+    exchange: ExchangeName
 
 
 def prepare(
     views: Sequence[Tensor], candidates: BoolTable, given: Arguments
 ) -> tuple[Tensor, NegativesSpec]:
     """Check the arguments that all losses share: the scale as a tensor, and the spec."""
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace: expected torch.compile or torch.export; a trace keeps this batch's "
+            "number of samples and is silently wrong for another"
+        )
     check_sample_ids(given.sample_ids, views[0])
     check_normalize(given.normalize)
     device = views[0].device
     compute_dtype, accum_dtype = resolve_dtypes(given.compute_dtype, views)
     scale, max_scale = resolve_scale(given.logit_scale, given.temperature, device, accum_dtype)
+    warn_of_temperature(max_scale, given.normalize)
     backend = resolve_backend(given.backend, device, compute_dtype)
     group = resolve_group(given.group, given.exchange, backend)
     return scale, NegativesSpec(

@@ -3,24 +3,57 @@ bodies run directly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from gcl_kernels.spec import recordable
 
 LIBRARY = torch.library.Library("gcl_kernels", "DEF")
 
 
-def unwatched(*tensors: Tensor | None) -> bool:
-    """Whether an operator's body may be called directly: nothing traces or differentiates it.
+def operator(name: str, body: Callable[..., Any], *tensors: Tensor | None) -> Callable[..., Any]:
+    """``gcl_kernels::name``, or its body where nothing traces, counts or differentiates it.
 
     The dispatcher's way to a Python operator costs 25 us; a small batch's products take 50.
     """
-    return not (
-        torch.compiler.is_compiling() or torch.is_grad_enabled() or is_in_torch_dispatch_mode()
-    ) and all(type(t) in (Tensor, torch.nn.Parameter, type(None)) for t in tensors)
+    compiling = torch.compiler.is_compiling()
+    watched = compiling or torch.is_grad_enabled() or is_in_torch_dispatch_mode()
+    if not watched and all(type(t) in (Tensor, torch.nn.Parameter, type(None)) for t in tensors):
+        return body
+    if not compiling and "torch.utils.flop_counter" in sys.modules:
+        import_module("gcl_kernels.flops").inform_counters()
+    return getattr(torch.ops.gcl_kernels, name)
+
+
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raise NotImplementedError within a transform of ``torch.func`` or with a batch of gradients,
+    whose tensors have no memory that a kernel could read, and where a tensor has a tangent."""
+    if torch.compiler.is_compiling():
+        return
+    if (
+        torch._C._are_functorch_transforms_active()
+        or any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)
+        or forward_ad._current_level >= 0
+        and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    ):
+        raise NotImplementedError(
+            "gcl_kernels: torch.func's transforms (grad, vmap, jvp, ...), forward-mode gradients "
+            "and batches of upstream gradients (is_grads_batched, vectorize=True) exist with "
+            "backend='reference' only"
+        )
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``, of tensors that ``torch.inference_mode`` made too: of a copy."""
+    ctx.save_for_backward(*map(recordable, tensors))
 
 
 def needing_grad(*tensors: Tensor) -> list[bool]:
@@ -71,6 +104,23 @@ def known_scale(scale: Tensor, max_scale: float | None) -> float | None:
         # An operator's body runs on the CPU here: it reads an operand where it lies.
         return float(scale)
     return max_scale
+
+
+def needed_views(views: Sequence[Tensor], z: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    """Those that a backward pass reads beside ``z``: none where ``z`` holds them unrounded, whose
+    rows then stand for them."""
+    exact = z.dtype == scale.dtype and all(view.dtype == z.dtype for view in views)
+    return () if exact else tuple(views)
+
+
+def finite_scale(scale: Tensor, max_scale: float | None) -> Tensor:
+    """The scale; NaN for an infinite one, whose logits of -inf would pass for candidates of weight
+    zero."""
+    if max_scale is not None:
+        return scale
+    if scale.device.type == "cpu":
+        return scale if math.isfinite(scale) else torch.full_like(scale, torch.nan)
+    return torch.add(scale, scale, alpha=0)  # inf + 0 * inf
 
 
 def subtractable(neg_lse: Tensor) -> Tensor:

@@ -54,12 +54,16 @@ from gcl_kernels.operators import (
     NO_OWN_GRADIENT,
     OwnPairs,
     distinct,
+    finite_scale,
     known_scale,
+    needed_views,
     needing_grad,
+    operator,
     refuse_backward,
+    refuse_transforms,
+    save,
     subtractable,
     unflatten,
-    unwatched,
     weight_unit,
 )
 from gcl_kernels.problem import FusedProblem, Workspace, empty_kept, neg_lse_by_blocks
@@ -130,6 +134,7 @@ def _forward(
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     pairs = unflatten(own_pairs, 2)
+    scale = finite_scale(scale, max_scale)
     z, inverse, lengths, coefficients, dots, own_logits = BACKENDS[backend].embed_fused(
         (e_0, e_1), mixing, bases, pairs, normalize, compute_dtype, scale
     )
@@ -439,59 +444,42 @@ def _backward_fake(
 
 
 class FusedNegLSE(torch.autograd.Function):
-    """(static arguments, sample_ids, e_0, e_1, mixing, scale) -> as ``NegLSE``."""
+    """(static arguments, needs_grad, sample_ids, e_0, e_1, mixing, scale) -> as ``NegLSE``."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        candidates: list[bool],
-        own_pairs: list[int],
-        bases: list[int],
-        normalize: bool,
-        max_scale: float | None,
-        compute_dtype: torch.dtype,
-        backend: str,
-        group: str,
-        exchange: str,
+        static: tuple[Any, ...],
         needs_grad: list[bool],
         sample_ids: Tensor | None,
         *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        operator = torch.ops.gcl_kernels.fused_neg_lse
-        if unwatched(sample_ids, *inputs):
-            operator = _forward
-        neg_lse, own_logits, *saved, agreement = operator(
-            *inputs,
-            sample_ids,
-            candidates,
-            own_pairs,
-            bases,
-            normalize,
-            max_scale,
-            compute_dtype,
-            backend,
-            group,
-            exchange,
-            needs_grad,
-        )
-        ctx.save_for_backward(*inputs, sample_ids, *saved, agreement, neg_lse)
-        ctx.static = (candidates, own_pairs, bases, normalize, max_scale, backend, group, exchange)
+        forward = operator("fused_neg_lse", _forward, sample_ids, *inputs)
+        neg_lse, own_logits, z, *saved = forward(*inputs, sample_ids, *static, needs_grad)
+        *bases, mixing, scale = inputs
+        kept_bases = needed_views(bases, z, scale)
+        save(ctx, mixing, scale, sample_ids, neg_lse, z, *saved, *kept_bases)
+        *of_both, compute_dtype, backend, group, exchange = static
+        ctx.static = (*of_both, backend, group, exchange)
         # Without a group there are none, and an output costs some microseconds.
-        return (neg_lse, own_logits, agreement) if group else (neg_lse, own_logits)
+        return (neg_lse, own_logits, saved[-1]) if group else (neg_lse, own_logits)
 
     @staticmethod
     def backward(
         ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_agreement: Tensor
     ) -> tuple[Tensor | None, ...]:
-        *inputs, sample_ids = ctx.saved_tensors[:5]
-        *saved, agreement, neg_lse = ctx.saved_tensors[5:]
+        refuse_transforms(grad_neg_lse, grad_own_logits)
+        # Read once: checkpointing unpacks what is saved no second time.
+        mixing, scale, sample_ids, neg_lse, *saved = ctx.saved_tensors
+        saved, agreement, bases = saved[:6], saved[6], saved[7:] or saved[0].unbind(0)
+        inputs = (*bases, mixing, scale)
         # Backends read by address, and saved tensors may come back from a hook in another layout.
         z, inverse, lengths, coefficients, dots, kept = (tensor.contiguous() for tensor in saved)
-        needs_grad = list(ctx.needs_input_grad[11:])
-        operator = torch.ops.gcl_kernels.fused_neg_lse_backward
-        if unwatched(grad_neg_lse, grad_own_logits, *inputs):
-            operator = _backward
-        grads = operator(
+        needs_grad = list(ctx.needs_input_grad[3:])
+        backward = operator(
+            "fused_neg_lse_backward", _backward, grad_neg_lse, grad_own_logits, *inputs
+        )
+        grads = backward(
             *inputs,
             sample_ids,
             *ctx.static,
@@ -508,7 +496,7 @@ class FusedNegLSE(torch.autograd.Function):
             needs_grad,
         )
         return (
-            *(None,) * 11,
+            *(None,) * 3,
             *(grad if needs else None for grad, needs in zip(grads, needs_grad, strict=True)),
         )
 
@@ -530,7 +518,8 @@ def fused_negatives(
         mixing: [V, 2] in the accumulation dtype, with gradient where it is no constant.
         bases: for each view the base that it is, its row of ``mixing`` being one and zero, or None.
     """
-    neg_lse, own_logits, *agreement = FusedNegLSE.apply(
+    refuse_transforms(e_0, e_1, mixing, scale)
+    static = (
         [entry for row in spec.candidates for entry in row],
         [index for pair in own_pairs for index in pair],
         [-1 if base is None else base for base in bases],
@@ -540,10 +529,14 @@ def fused_negatives(
         spec.backend,
         spec.group,
         spec.exchange,
-        needing_grad(e_0, e_1, mixing, scale),
-        sample_ids,
-        *distinct((e_0, e_1)),
-        mixing,
-        scale,
     )
+    inputs = (*distinct((e_0, e_1)), mixing, scale)
+    needs_grad = needing_grad(e_0, e_1, mixing, scale)
+    if any(needs_grad):
+        neg_lse, own_logits, *agreement = FusedNegLSE.apply(static, needs_grad, sample_ids, *inputs)
+    else:
+        with torch.no_grad():
+            forward = operator("fused_neg_lse", _forward, sample_ids, *inputs)
+            neg_lse, own_logits, *agreement = forward(*inputs, sample_ids, *static, needs_grad)
+        agreement = agreement[-1:] if spec.group else []
     return neg_lse, own_logits, agreement[0][:-1] if agreement else None

@@ -9,13 +9,17 @@ device nor break a ``torch.compile`` graph.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DEFAULT_TEMPERATURE = 0.07
 """CLIP's initial temperature (Radford et al. 2021), used when neither scale argument is given."""
@@ -28,6 +32,15 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 BoolTable = tuple[tuple[bool, ...], ...]
 FloatTable = tuple[tuple[float, ...], ...]
+
+# What users give.
+Table: TypeAlias = "Sequence[Sequence[float]] | np.ndarray | Tensor"
+Group: TypeAlias = "torch.distributed.ProcessGroup | Literal['world'] | None"
+SelfSimilarity = Literal["mask", "keep"]
+OtherPositives = Literal["compete", "exclude"]
+Reduction = Literal["mean", "sum", "none"]
+BackendName = Literal["auto", "reference", "tiled", "cpu", "triton", "cuda"]
+ExchangeName = Literal["gather", "ring"]
 
 
 @dataclass(frozen=True)
@@ -186,21 +199,55 @@ def resolve_scale(
             raise ValueError(
                 f"{name}: expected device {device} like the embeddings, got {value.device}"
             )
+        value = recordable(value)
         # A [] tensor as it is: reshaping it would add a node to the graph.
         scale = (value.reshape(()) if value.dim() else value).to(accum_dtype)
         return (scale if name == "logit_scale" else scale.reciprocal()), None
-    check_positive(name, value, "a Python number or a tensor", accum_dtype)
-    number = float(value) if name == "logit_scale" else 1.0 / value
+    number = check_positive(name, value, "a number or a tensor", accum_dtype)
+    if name == "temperature":
+        number = 1.0 / number
+    if torch.compiler.is_compiling():
+        # As an operand: a constant of the graph would be compiled anew for each step's value.
+        return torch.ones((), dtype=accum_dtype, device=device) * number, None
     return torch.full((), number, dtype=accum_dtype, device=device), number
+
+
+def warn_of_temperature(number: float | None, normalize: bool) -> None:
+    """Warn where a scale given as a number (None: it was not) looks like a temperature."""
+    if normalize and number is not None and number < 1:
+        # One text whatever the number: Python then shows it once, not at each step.
+        warnings.warn(
+            "logit_scale: a number below 1 (a temperature above 1) leaves the softmax over cosine "
+            "similarities nearly uniform; logit_scale is 1 / temperature: for a temperature pass "
+            "temperature=...",
+            stacklevel=2,
+        )
+
+
+def plain_number(value: Any) -> Any:
+    """A NumPy scalar or an array without dimensions as Python's number, anything else as it is."""
+    if not isinstance(value, (int, float, Tensor)) and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
+
+
+def recordable(value: Any) -> Any:
+    """A copy of a tensor that ``torch.inference_mode`` made, which no backward pass may keep;
+    anything else as it is."""
+    if not torch.compiler.is_compiling() and isinstance(value, Tensor) and value.is_inference():
+        return value.clone()
+    return value
 
 
 def check_positive(
     name: str,
     value: Any,
-    expected: str = "a Python number",
+    expected: str = "a number",
     dtype: torch.dtype = torch.float32,
-) -> None:
-    """Raise unless ``value`` is a number > 0 that ``dtype`` can hold, as well as its inverse."""
+) -> float:
+    """``value`` as a float; raises unless it is a number > 0 that ``dtype`` can hold, as well as
+    its inverse."""
+    value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if not 0 < value < math.inf:
@@ -208,6 +255,7 @@ def check_positive(
     largest = torch.finfo(dtype).max
     if not 1 / largest <= value <= largest:
         raise ValueError(f"{name}: expected a number within {dtype}'s range, got {value}")
+    return float(value)
 
 
 def check_compute_dtype(compute_dtype: Any) -> None:
@@ -270,7 +318,7 @@ def _rows(name: str, value: Any, num_views: int, entry: str) -> list[list[Any]]:
         row = row.tolist() if hasattr(row, "tolist") else row
         if not isinstance(row, (list, tuple)):
             raise TypeError(f"{name}: expected {shape}, got a row of type {type(row).__name__}")
-        rows.append(list(row))
+        rows.append([plain_number(entry) for entry in row])
     if len(rows) != num_views or any(len(row) != num_views for row in rows):
         raise ValueError(
             f"{name}: expected {shape}, got {len(rows)} rows of lengths {[len(r) for r in rows]}"
@@ -333,11 +381,11 @@ def _own_pairs(
 def make_loss_spec(
     num_views: int,
     *,
-    pair_weights: Any = None,
-    candidates: Any = None,
-    self_similarity: str = "mask",
-    other_positives: str = "compete",
-    reduction: str = "mean",
+    pair_weights: Table | None = None,
+    candidates: Table | None = None,
+    self_similarity: SelfSimilarity = "mask",
+    other_positives: OtherPositives = "compete",
+    reduction: Reduction = "mean",
 ) -> LossSpec:
     """Check a loss's options and put them in normal form.
 
@@ -348,9 +396,9 @@ def make_loss_spec(
     """
     if num_views < 2:
         raise ValueError(f"views: expected at least 2, got {num_views}")
-    check_choice("self_similarity", self_similarity, ("mask", "keep"))
-    check_choice("other_positives", other_positives, ("compete", "exclude"))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("self_similarity", self_similarity, get_args(SelfSimilarity))
+    check_choice("other_positives", other_positives, get_args(OtherPositives))
+    check_choice("reduction", reduction, get_args(Reduction))
     views = range(num_views)
     if pair_weights is None:
         uniform = 1.0 / (num_views * (num_views - 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.compiler.config
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 import gcl_kernels
@@ -73,6 +74,75 @@ def test_full_graph_gives_the_eager_numbers(name, ragged):
         else:
             size = eager.abs().max().item()
             torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6 * size)
+
+
+LOSSES = {
+    "clip": lambda e: gcl_kernels.clip_loss(*e[:2]),
+    "nt_xent": lambda e: gcl_kernels.nt_xent_loss(*e[:2]),
+    "gcl": lambda e: gcl_kernels.gcl_loss(*e[:3]),
+    "gcl, fused by addition": lambda e: gcl_kernels.gcl_loss(*e[:2]),
+    "module": lambda e: gcl_kernels.GCLLoss()(*e[:2]),
+    **{f"neg_lse of {v}": lambda e, v=v: gcl_kernels.neg_lse(e[:v]).sum() for v in range(1, 7)},
+    **{
+        f"{v} views": lambda e, v=v: gcl_kernels.multiview_contrastive_loss(e[:v])
+        for v in range(2, 7)
+    },
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_a_gradient(name):
+    """A validation step: under either mode, and with embeddings that need no gradient."""
+    function = LOSSES[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    views = views_of(6)
+    expected = function(views)
+    with torch.no_grad():
+        for run in (function, compiled):
+            torch.testing.assert_close(run(views), expected.detach())
+    with torch.inference_mode():
+        for run in (function, compiled):
+            torch.testing.assert_close(run(views), expected.detach())
+    constant = [view.detach() for view in views]
+    for run in (function, compiled):
+        loss = run(constant)
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, expected.detach())
+    grads = [torch.autograd.grad(run(views), views[0]) for run in (function, compiled)]
+    torch.testing.assert_close(*grads)
+
+
+MODULE = gcl_kernels.GCLLoss()
+SCHEDULES = {
+    "logit_scale": lambda e, s: gcl_kernels.clip_loss(*e, s),
+    "temperature": lambda e, s: gcl_kernels.gcl_loss(*e, temperature=1 / s),
+    "module": lambda e, s: MODULE(*e, None, s),
+    "reference": lambda e, s: gcl_kernels.nt_xent_loss(*e, s, backend="reference"),
+    "fusion_weights": lambda e, s: gcl_kernels.gcl_loss(*e, fusion_weights=(s, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_compiles_twice(name):
+    """Once for the first number, once for any: as dense PyTorch."""
+    function, counter = SCHEDULES[name], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    views = views_of(2)
+    for step in range(12):
+        scale = 10 + 0.37 * step
+        results = [run(views, scale) for run in (compiled, function)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(r, views) for r in results))
+    assert counter.frame_count <= 2
+
+
+def test_a_changed_attribute_compiles_twice():
+    module, counter = gcl_kernels.GCLLoss(), CompileCounterWithBackend("aot_eager")
+    compiled, views = torch.compile(module, fullgraph=True, backend=counter), views_of(2)
+    for step in range(12):
+        module.temperature = 0.1 / (1 + step)
+        torch.testing.assert_close(compiled(*views), module(*views))
+    assert counter.frame_count <= 2
 
 
 def test_dynamic_shapes_and_a_changing_temperature():

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,7 +180,7 @@ CASES = {
     "scale no number": (
         lambda: gcl_loss(E, E, None, "10"),
         TypeError,
-        r"logit_scale: expected a Python number or a tensor, got str",
+        r"logit_scale: expected a number or a tensor, got str",
     ),
     "scale elsewhere": (
         lambda: gcl_loss(E, E, None, torch.ones((), device="meta")),
@@ -270,7 +272,7 @@ CASES = {
     "module temperature a tensor": (
         lambda: GCLLoss(temperature=torch.tensor(0.1)),
         TypeError,
-        r"temperature: expected a Python number, got Tensor",
+        r"temperature: expected a number, got Tensor",
     ),
     "module scale above its bound": (
         lambda: GCLLoss(learnable_scale=True, max_logit_scale=10.0),
@@ -376,6 +378,68 @@ def test_module_owns_the_fusion_weights_that_are_parameters():
     expected = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     gcl_loss(E.double(), e_t, fusion_weights=(expected, 2.0)).backward()
     torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+NUMBERS = (np.float32(0.5), np.float64(0.5), np.float16(0.5), np.array(0.5), np.array([0.5])[0])
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: type(number).__name__)
+def test_numpy_numbers(number):
+    """Where a Python number goes: scales, temperatures, weights, tables of numbers or objects."""
+    flipped, table = E.flip(0), [[0, 0.5, 1], [1, 0, 1], [1, 1, 0]]
+    options = [
+        {"temperature": number},
+        {"logit_scale": np.int64(14)},
+        {"fusion_weights": (number, 1)},
+        {"pair_weights": [[0, number, np.int32(1)], *table[1:]]},
+        {"pair_weights": np.array(table, dtype=np.float32)},
+        {"candidates": [[np.bool_(True)] * 3] * 3},
+    ]
+    plain = [
+        {"temperature": 0.5},
+        {"logit_scale": 14},
+        {"fusion_weights": (0.5, 1.0)},
+        {"pair_weights": table},
+        {"pair_weights": table},
+        {},
+    ]
+    for given, expected in zip(options, plain, strict=True):
+        assert torch.equal(gcl_loss(E, flipped, **given), gcl_loss(E, flipped, **expected))
+    module = GCLLoss(temperature=number, fusion_weights=(number, np.float32(2)))
+    assert torch.equal(
+        module(E, flipped), gcl_loss(E, flipped, temperature=0.5, fusion_weights=(0.5, 2.0))
+    )
+
+
+def test_a_temperature_given_as_a_scale_warns_once():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for step in range(5):
+            gcl_loss(E, E, None, 0.07 + 0.01 * step)
+            clip_loss(E, E, temperature=2.0 + step)
+        # Dot products of any length may need a small scale, and a tensor is not read.
+        gcl_loss(E, E, None, 0.07, normalize=False)
+        gcl_loss(E, E, None, torch.tensor(0.07))
+    (warning,) = caught
+    assert "for a temperature pass temperature=..." in str(warning.message)
+
+
+def test_module_shows_its_options():
+    assert repr(GCLLoss()) == "GCLLoss(temperature=0.07)"
+    module = GCLLoss(
+        temperature=0.05,
+        learnable_scale=True,
+        normalize=False,
+        other_positives="exclude",
+        fusion_weights=(torch.nn.Parameter(torch.tensor(1.0)), 0.5),
+        compute_dtype=torch.bfloat16,
+        group="world",
+    )
+    assert repr(module) == (
+        "GCLLoss(temperature=0.05, learnable_scale=True, max_logit_scale=100.0, normalize=False, "
+        "other_positives='exclude', fusion_weights=('Parameter', 0.5), "
+        "compute_dtype=torch.bfloat16, group='world')"
+    )
 
 
 def _fresh(code: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import dense_loss, dense_neg_lse
-from test_contract import DTYPES, OPTIONS, random_views, weights_rounding
+from test_contract import DTYPES, OPTIONS, collapsed_views, random_views, weights_rounding
 from tolerance import assert_accurate
 from torch import Tensor
 from torch.library import opcheck
@@ -172,8 +172,6 @@ def test_zero_fused_vector(backend, device, tiling):
     leaves = [e_i.requires_grad_(), e_t.requires_grad_()]
     loss = gcl_kernels.gcl_loss(*leaves, backend=backend)
     torch.testing.assert_close(loss, gcl_kernels.gcl_loss(*leaves, e_i + e_t, backend="reference"))
-    if backend == "reference":
-        return
     grads = torch.autograd.grad(loss, leaves)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     summed = exact[0] + exact[1]
@@ -184,11 +182,41 @@ def test_zero_fused_vector(backend, device, tiling):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
 
 
+def test_short_fused_vector(float64_backend, device, tiling):
+    """Below 1e-12 it is a zero vector, in the oracle's fusion too."""
+    e_i, e_t = random_views(20, 8, device)[:2]
+    results = []
+    for distance in (1e-13, 0.0):
+        e_t[3] = distance - e_i[3]
+        leaves = [e.clone().requires_grad_() for e in (e_i, e_t)]
+        loss = gcl_kernels.gcl_loss(*leaves, backend=float64_backend)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_the_reference_fuses_in_the_accumulation_dtype():
+    """float32 embeddings, float64 products: the sum is no float32 number."""
+    e_i, e_t = (v.float() for v in random_views(20, 8, torch.device("cpu"))[:2])
+    losses = [
+        gcl_kernels.gcl_loss(a, b, backend="reference", compute_dtype=torch.float64)
+        for a, b in ((e_i, e_t), (e_i.double(), e_t.double()))
+    ]
+    assert torch.equal(*losses)
+
+
 def test_zero_base_vector(backend, device, tiling):
     e_i, e_t = (v.float() for v in random_views(20, 8, device)[:2])
     e_t[3] = 0
     loss = gcl_kernels.gcl_loss(e_i, e_t, backend=backend)
     torch.testing.assert_close(loss, gcl_kernels.gcl_loss(e_i, e_t, e_i + e_t, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nearly_collapsed(backend, device, tiling, dtype):
+    if dtype == torch.float64 and BACKENDS[backend].why_not(device, dtype):
+        pytest.skip("no float64")
+    check(collapsed_views(40, 64, device)[:2], 50.0, backend=backend, dtypes=(dtype,) * 2)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

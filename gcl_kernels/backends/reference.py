@@ -7,6 +7,7 @@ are in the accumulation dtype.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,41 @@ def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
     return None
 
 
+class _Product(torch.autograd.Function):
+    """``a @ b`` in its operands' dtype, whatever autocast is in force around the forward pass or a
+    backward pass of any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return _product(grad, b.mT), _product(a.mT, grad)
+
+
+class _ForwardProduct(_Product):
+    """With forward-mode gradients, which Dynamo takes of no Function."""
+
+    @staticmethod
+    def jvp(ctx: Any, of_a: Tensor, of_b: Tensor) -> Tensor:
+        a, b = ctx.saved_tensors
+        return _product(of_a, b) + _product(a, of_b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (_Product if torch.compiler.is_compiling() else _ForwardProduct).apply(a, b)
+
+
 def dense_mask(candidates: BoolTable, sample_ids: Tensor) -> Tensor:
     """True where column ``q`` is a negative of anchor ``p``: the mask rule, dense, [M, M]."""
     num_views, num_samples = len(candidates), sample_ids.shape[0]
@@ -38,6 +74,7 @@ def negatives(
 ) -> tuple[Tensor, Tensor]:
     """``neg_lse`` [V, N] and all own-sample logits [V, V, N]."""
     num_views, num_samples = len(views), views[0].shape[0]
+    scale = scale + 0 * scale  # NaN for an infinite one
     e = torch.stack([view.to(spec.accum_dtype) for view in views])
     if spec.normalize:
         norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
@@ -49,8 +86,7 @@ def negatives(
     if sample_ids is None:
         sample_ids = torch.arange(num_samples, device=e.device)
     flat = z.to(spec.compute_dtype).to(spec.accum_dtype).flatten(0, 1)
-    with torch.autocast(e.device.type, enabled=False):
-        x = scale * (flat @ flat.T)
+    x = scale * _product(flat, flat.T)
     mask = dense_mask(spec.candidates, sample_ids)
     # A row without negatives must not reach logsumexp, whose gradient would be NaN there.
     empty = ~mask.any(1)
