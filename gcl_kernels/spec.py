@@ -13,13 +13,15 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch.distributed import ProcessGroup
+else:  # a PyTorch built without it has none
+    ProcessGroup = getattr(torch.distributed, "ProcessGroup", Any)
 
 DEFAULT_TEMPERATURE = 0.07
 """CLIP's initial temperature (Radford et al. 2021), used when neither scale argument is given."""
@@ -33,9 +35,16 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 BoolTable = tuple[tuple[bool, ...], ...]
 FloatTable = tuple[tuple[float, ...], ...]
 
+
+class Array(Protocol):
+    """A NumPy array or a tensor."""
+
+    def tolist(self) -> Any: ...
+
+
 # What users give.
-Table: TypeAlias = "Sequence[Sequence[float]] | np.ndarray | Tensor"
-Group: TypeAlias = "torch.distributed.ProcessGroup | Literal['world'] | None"
+Table = Sequence[Sequence[float]] | Array
+Group = ProcessGroup | Literal["world"] | None
 SelfSimilarity = Literal["mask", "keep"]
 OtherPositives = Literal["compete", "exclude"]
 Reduction = Literal["mean", "sum", "none"]

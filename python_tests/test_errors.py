@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 import warnings
 
 import numpy as np
@@ -422,6 +423,14 @@ def test_a_temperature_given_as_a_scale_warns_once():
         gcl_loss(E, E, None, torch.tensor(0.07))
     (warning,) = caught
     assert "for a temperature pass temperature=..." in str(warning.message)
+
+
+def test_signatures_can_be_read():
+    """By tools that build objects from configuration files."""
+    for name in gcl_kernels.__all__:
+        of = getattr(gcl_kernels, name)
+        hints = typing.get_type_hints(of.__init__ if isinstance(of, type) else of)
+        assert "backend" not in hints or "triton" in typing.get_args(hints["backend"])
 
 
 def test_module_shows_its_options():
