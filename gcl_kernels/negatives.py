@@ -55,7 +55,6 @@ from gcl_kernels.operators import (
     operator,
     refuse_backward,
     refuse_transforms,
-    save,
     subtractable,
     unflatten,
     weight_unit,
@@ -72,6 +71,7 @@ from gcl_kernels.spec import (
     check_normalize,
     check_sample_ids,
     check_views,
+    recordable,
     resolve_dtypes,
     resolve_scale,
     view_list,
@@ -451,7 +451,7 @@ class NegLSE(torch.autograd.Function):
             views, scale, sample_ids, *static, needs_grad
         )
         kept_views = needed_views(views, z, scale)
-        save(ctx, sample_ids, scale, z, *saved, neg_lse, agreement, *kept_views)
+        ctx.save_for_backward(sample_ids, scale, z, *saved, neg_lse, agreement, *kept_views)
         candidates, _, normalize, max_scale, _, backend, group, exchange = static
         ctx.static = (candidates, normalize, max_scale, backend, group, exchange)
         ctx.kept_for = needs_grad
@@ -526,7 +526,7 @@ def negatives(
     needs_grad = needing_grad(*views, scale)
     if any(needs_grad):
         neg_lse, own_logits, *agreement = NegLSE.apply(
-            static, needs_grad, sample_ids, scale, *distinct(views)
+            static, needs_grad, recordable(sample_ids), scale, *distinct(views)
         )
     else:
         # No node of the graph; for Dynamo no Function, to which it gives a context at times only.

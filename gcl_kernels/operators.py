@@ -51,11 +51,6 @@ def refuse_transforms(*tensors: Tensor) -> None:
         )
 
 
-def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """``ctx.save_for_backward``, of tensors that ``torch.inference_mode`` made too: of a copy."""
-    ctx.save_for_backward(*map(recordable, tensors))
-
-
 def needing_grad(*tensors: Tensor) -> list[bool]:
     """Which of them autograd would ask a gradient of, were it to record this moment."""
     recorded = torch.is_grad_enabled()
@@ -109,8 +104,10 @@ def known_scale(scale: Tensor, max_scale: float | None) -> float | None:
 def needed_views(views: Sequence[Tensor], z: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     """Those that a backward pass reads beside ``z``: none where ``z`` holds them unrounded, whose
     rows then stand for them."""
-    exact = z.dtype == scale.dtype and all(view.dtype == z.dtype for view in views)
-    return () if exact else tuple(views)
+    dtype = z.dtype
+    if dtype == scale.dtype and all(view.dtype == dtype for view in views):
+        return ()
+    return tuple(map(recordable, views))
 
 
 def finite_scale(scale: Tensor, max_scale: float | None) -> Tensor:

@@ -61,13 +61,12 @@ from gcl_kernels.operators import (
     operator,
     refuse_backward,
     refuse_transforms,
-    save,
     subtractable,
     unflatten,
     weight_unit,
 )
 from gcl_kernels.problem import FusedProblem, Workspace, empty_kept, neg_lse_by_blocks
-from gcl_kernels.spec import NegativesSpec
+from gcl_kernels.spec import NegativesSpec, recordable
 
 Bases = tuple[int | None, ...]
 """For each view the base that it is, or None for a combination."""
@@ -458,7 +457,7 @@ class FusedNegLSE(torch.autograd.Function):
         neg_lse, own_logits, z, *saved = forward(*inputs, sample_ids, *static, needs_grad)
         *bases, mixing, scale = inputs
         kept_bases = needed_views(bases, z, scale)
-        save(ctx, mixing, scale, sample_ids, neg_lse, z, *saved, *kept_bases)
+        ctx.save_for_backward(mixing, scale, sample_ids, neg_lse, z, *saved, *kept_bases)
         *of_both, compute_dtype, backend, group, exchange = static
         ctx.static = (*of_both, backend, group, exchange)
         # Without a group there are none, and an output costs some microseconds.
@@ -533,7 +532,9 @@ def fused_negatives(
     inputs = (*distinct((e_0, e_1)), mixing, scale)
     needs_grad = needing_grad(e_0, e_1, mixing, scale)
     if any(needs_grad):
-        neg_lse, own_logits, *agreement = FusedNegLSE.apply(static, needs_grad, sample_ids, *inputs)
+        neg_lse, own_logits, *agreement = FusedNegLSE.apply(
+            static, needs_grad, recordable(sample_ids), *inputs
+        )
     else:
         with torch.no_grad():
             forward = operator("fused_neg_lse", _forward, sample_ids, *inputs)

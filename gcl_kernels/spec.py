@@ -243,7 +243,7 @@ def plain_number(value: Any) -> Any:
 def recordable(value: Any) -> Any:
     """A copy of a tensor that ``torch.inference_mode`` made, which no backward pass may keep;
     anything else as it is."""
-    if not torch.compiler.is_compiling() and isinstance(value, Tensor) and value.is_inference():
+    if isinstance(value, Tensor) and not torch.compiler.is_compiling() and value.is_inference():
         return value.clone()
     return value
 
