@@ -4,12 +4,19 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
 # Whoever runs this file need not have put its folder there.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from build_extensions import EXTENSIONS, BuildError, build
+
+if int(__version__.partition(".")[0]) < 77:
+    # It would find fault with pyproject.toml, whose license is written as newer ones want it.
+    raise SystemExit(
+        f"setuptools: expected at least 77, got {__version__}: pip install --upgrade setuptools, "
+        "or leave out --no-build-isolation"
+    )
 
 
 class BuildNative(build_ext):

@@ -121,6 +121,17 @@ def test_a_switch_is_0_or_1(unpacked):
     assert "GCL_KERNELS_CPU must be 0 or 1, not 'yes'" in done.stderr
 
 
+def test_an_old_setuptools_is_told_what_to_do(unpacked):
+    """Before it rejects pyproject.toml: a virtual environment of Python 3.11 holds 65."""
+    old = "import runpy, setuptools; setuptools.__version__ = '65.5.0'; "
+    done = run(sys.executable, "-c", old + "runpy.run_path('setup.py')", cwd=unpacked)
+    assert done.returncode != 0
+    assert "setuptools: expected at least 77, got 65.5.0: pip install --upgrade" in done.stderr
+    assert "Traceback" not in done.stderr
+    required = (unpacked / "pyproject.toml").read_text()
+    assert required.count('"setuptools>=77"') == 2
+
+
 SMOKE = """
 import os, sys
 import torch
