@@ -22,9 +22,11 @@ its way while one is used).
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -110,8 +112,22 @@ def _all_gather(everyone: Tensor, own: Tensor, group: Any, async_op: bool) -> An
 def _host_device(group: Any, device: torch.device) -> torch.device:
     """Where what the host will read is gathered: on a CPU, without waiting for the work of another
     device, if the group can (``"cpu:gloo,cuda:nccl"``, PyTorch's default)."""
-    has_cpu = any(of.startswith("cpu:") for of in dist.get_backend_config(group).split(","))
-    return torch.device("cpu") if has_cpu else device
+    backends = dist.get_backend_config(group)
+    if any(of.startswith("cpu:") for of in backends.split(",")):
+        return torch.device("cpu")
+    if group.rank() == 0:
+        _warn_of_waiting(backends)
+    return device
+
+
+@lru_cache  # once
+def _warn_of_waiting(backends: str) -> None:
+    warnings.warn(
+        f"group: {backends!r} has no backend for the CPU, so that the host waits for the device "
+        "once in every loss; 'cpu:gloo,cuda:nccl' has, what init_process_group() without a "
+        "backend makes",
+        stacklevel=2,
+    )
 
 
 _next_number: dict[str, int] = {}

@@ -408,9 +408,10 @@ class GCLLoss(nn.Module):
 
     Args:
         temperature: fixed temperature, or the initial one of a learnable scale; default 0.07.
-        learnable_scale: own ``log_logit_scale``, a 0-d float32 parameter initialised to
+        learnable_scale: own ``log_logit_scale``, a float32 parameter of shape [1] initialised to
             ``log(1 / temperature)`` and used as its exponential. Before each use the parameter is
-            brought back to at most ``log(max_logit_scale)`` in place (CLIP's convention).
+            brought back to at most ``log(max_logit_scale)`` in place (CLIP's convention). State
+            dicts in which it is 0-d load too.
         max_logit_scale: upper bound of the learnable scale, default 100.
         fusion_weights: as for :func:`gcl_loss`; an ``nn.Parameter`` becomes a parameter of the
             module (``alpha``, ``beta``).
@@ -420,6 +421,8 @@ class GCLLoss(nn.Module):
     Raises:
         ValueError, TypeError: malformed arguments.
     """
+
+    _shards: tuple[Any, ...] = ()
 
     def __init__(
         self,
@@ -471,8 +474,22 @@ class GCLLoss(nn.Module):
         self.exchange = exchange
         self.log_logit_scale: nn.Parameter | None = None
         if learnable_scale:
-            log_scale = torch.tensor(-math.log(self.temperature), dtype=torch.float32)
+            # Not 0-d, which fully_shard refuses.
+            log_scale = torch.tensor([-math.log(self.temperature)], dtype=torch.float32)
             self.log_logit_scale = nn.Parameter(log_scale)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "log_logit_scale" and type(value).__name__ == "DTensor":
+            # What fully_shard trains: in forward there is a gathered copy in its place, and what
+            # is done to that is lost.
+            self._shards = (value,)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = f"{prefix}log_logit_scale"
+        if name in state_dict and state_dict[name].dim() == 0:
+            state_dict[name] = state_dict[name].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -493,11 +510,20 @@ class GCLLoss(nn.Module):
             if logit_scale is not None:
                 raise ValueError("logit_scale: this module owns a learnable one, got another")
             parameter = self.log_logit_scale
+            if type(parameter).__name__ == "DTensor":
+                raise RuntimeError(
+                    "log_logit_scale: expected a plain tensor, got a DTensor; call the loss in the "
+                    "forward of the module given to fully_shard, or give it the loss too"
+                )
             # The parameter, not its exponential: beyond a bound on that no gradient leads back.
             # Whoever saved the parameter for a backward pass before may still use it.
+            bound = math.log(self.max_logit_scale)
             with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(parameter):
-                parameter.clamp_(max=math.log(self.max_logit_scale))
-            logit_scale = parameter.exp()
+                parameter.clamp_(max=bound)
+                for shard in self._shards:
+                    shard.to_local().clamp_(max=bound)
+            # A half type's exponential would be off by more than the half type's logarithm is.
+            logit_scale = parameter.to(torch.promote_types(parameter.dtype, torch.float32)).exp()
         elif logit_scale is None:
             temperature = self.temperature
         given = Arguments(

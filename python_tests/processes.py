@@ -18,7 +18,13 @@ PATIENCE = 60.0
 """Seconds for one call: a test that hangs fails."""
 
 _START_METHOD = "spawn" if sys.platform == "win32" else "forkserver"
-_IMPORTED_ONCE = ["gcl_kernels", "torch.distributed", "torch.nn.parallel", "open_clip"]
+_IMPORTED_ONCE = [
+    "gcl_kernels",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "open_clip",
+]
 """By the server, for all: imports take seconds. It leaves out what is not installed."""
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +19,17 @@ from oracle import dense_loss, dense_neg_lse
 from processes import Pool
 from tolerance import assert_accurate
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import gcl_kernels
 from gcl_kernels import distributed, embeddings, negatives, problem, score_fusion
@@ -456,8 +468,8 @@ class _Memory(TorchDispatchMode):
 class _Rank:
     """A group's face, of a process without any others."""
 
-    def __init__(self, world: int) -> None:
-        self.size, self.rank = (lambda: world), (lambda: 0)
+    def __init__(self, world: int, rank: int = 0) -> None:
+        self.size, self.rank = (lambda: world), (lambda: rank)
 
 
 class _Arrived:
@@ -556,6 +568,218 @@ def test_data_parallel_training_is_training_on_the_whole_batch(pool, road, excha
     for parameters in pool.run(train, exchange, road):
         for result, expected in zip(parameters, model.parameters(), strict=True):
             torch.testing.assert_close(result, expected.detach(), rtol=1e-12, atol=1e-13)
+
+
+class TowersAndLoss(nn.Module):
+    """Its forward is the whole forward pass, as fully_shard and checkpointing want it."""
+
+    def __init__(self, group: str | None, exchange: str = "gather", **options: Any) -> None:
+        super().__init__()
+        self.image, self.text = (nn.Linear(6, 5, bias=False) for _ in range(2))
+        for tower in (self.image, self.text):
+            nn.init.normal_(tower.weight, generator=torch.Generator().manual_seed(3))
+        self.loss = gcl_kernels.GCLLoss(
+            learnable_scale=True, temperature=0.1, group=group, exchange=exchange, **options
+        )
+        self.double()
+
+    def forward(self, images: Tensor, texts: Tensor, road: str = "fused") -> Tensor:
+        i, t = self.image(images), self.text(texts)
+        return self.loss(i, t, i + t if road == "three views" else None)
+
+
+LOG_BOUND = torch.tensor(12.0).double().log().item()
+"""Of the scale in the runs below, which begin at 10."""
+
+
+def run_of_steps(
+    model: nn.Module, sizes: Sequence[int] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Losses of five steps, and log scales after them: up, to far beyond the bound, and down."""
+    scale = [p for name, p in model.named_parameters() if "log_logit_scale" in name]
+    towers = [p for name, p in model.named_parameters() if "log_logit_scale" not in name]
+    optimizer = torch.optim.SGD([{"params": towers, "lr": 0.1}, {"params": scale, "lr": 0.5}])
+    losses, scales = [], []
+    for step_number in range(5):
+        if step_number == 3:
+            for group in optimizer.param_groups:
+                group["maximize"] = True
+        images, noise = pairs(step_number)
+        batch = [images, images + 0.1 * noise]
+        if sizes is not None:
+            batch = [shard(x, sizes) for x in batch]
+        optimizer.zero_grad()
+        loss = model(*batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        (parameter,) = scale
+        whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        scales.append(whole.detach().clone())
+    return losses, scales
+
+
+def sharded(wrap: str, exchange: str, folder: str) -> tuple[list[Tensor], list[Tensor], Any]:
+    """A run, the state dict after it, and whether a checkpoint of it is the same model."""
+    sizes = [7, 4, 6, 2, 5]
+    model = TowersAndLoss("world", exchange, max_logit_scale=12.0)
+    wrapped = parallel(wrap, model)
+    losses, scales = run_of_steps(wrapped, sizes)
+    options = StateDictOptions(full_state_dict=True)
+    state = get_model_state_dict(model, options=options)
+    checkpoint.save({"model": get_model_state_dict(model)}, checkpoint_id=folder)
+    resumed = TowersAndLoss("world", exchange, max_logit_scale=12.0)
+    parallel(wrap, resumed)
+    given = {"model": get_model_state_dict(resumed)}
+    checkpoint.load(given, checkpoint_id=folder)
+    set_model_state_dict(resumed, given["model"])
+    same = get_model_state_dict(resumed, options=options)
+    assert all(torch.equal(same[name], value) for name, value in state.items())
+    if wrap == "fully_shard":
+        with pytest.raises(RuntimeError, match="log_logit_scale: .* DTensor; call the loss in the"):
+            model.loss(*random_views(4, 5)[:2])
+    return losses, scales, state
+
+
+def parallel(wrap: str, model: TowersAndLoss) -> nn.Module:
+    if wrap == "DistributedDataParallel":
+        return nn.parallel.DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    if wrap == "fully_shard twice":
+        fully_shard(model.loss, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("wrap", ["DistributedDataParallel", "fully_shard", "fully_shard twice"])
+def test_a_learnable_scale_is_one_in_all_processes(pool, tmp_path, wrap, exchange):
+    """Also at its bound, which a copy of a sharded scale would forget."""
+    model = TowersAndLoss(None, max_logit_scale=12.0)
+    expected, expected_scales = run_of_steps(model)
+    log_scales = torch.cat(expected_scales)
+    assert log_scales[2] > LOG_BOUND + 0.1 and log_scales[-1] < LOG_BOUND  # what is tested
+    runs = pool.run(sharded, wrap, exchange, str(tmp_path))
+    mean = torch.stack([torch.stack(losses) for losses, _, _ in runs]).mean(0)
+    torch.testing.assert_close(mean, torch.stack(expected))
+    for _, scales, state in runs:
+        assert all(torch.equal(s, of_first) for s, of_first in zip(scales, runs[0][1], strict=True))
+        torch.testing.assert_close(torch.cat(scales), log_scales)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value)
+        model.load_state_dict(state)
+
+
+def documented() -> tuple[float, Tensor]:
+    page = (Path(__file__).parent.parent / "docs/distributed.md").read_text()
+    _, sharding = re.findall(r"```python\n(.*?)```", page, re.S)
+    found = {"torch": torch, "gcl_kernels": gcl_kernels}
+    torch.manual_seed(0)
+    exec(sharding, found)
+    model = found["model"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    images = torch.randn(16, 64)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(images, images + 0.5 * torch.randn(16, 64))
+        loss.backward()
+        optimizer.step()
+    return loss.item(), model.loss_fn.log_logit_scale.full_tensor().detach()
+
+
+def test_the_documented_sharded_module(pool):
+    runs = pool.run(documented)
+    for loss, scale in runs:
+        assert 0 < loss < 5
+        assert scale.shape == (1,) and torch.equal(scale, runs[0][1])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_of_a_0d_scale_load(assign):
+    model = TowersAndLoss(None)
+    state = {**model.state_dict(), "loss.log_logit_scale": torch.tensor(1.5).double()}
+    model.load_state_dict(state, assign=assign)
+    assert torch.equal(model.loss.log_logit_scale, torch.tensor([1.5]).double())
+    assert state["loss.log_logit_scale"].dim() == 0
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        gcl_kernels.GCLLoss().load_state_dict({"log_logit_scale": torch.tensor(1.5)})
+    with pytest.raises(RuntimeError, match="size mismatch for log_logit_scale"):
+        gcl_kernels.GCLLoss(learnable_scale=True).load_state_dict(
+            {"log_logit_scale": torch.ones(2)}
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scale_of_half_type_is_rounded_once(dtype):
+    views = [v.to(dtype) for v in random_views(6, 8)]
+    module = gcl_kernels.GCLLoss(learnable_scale=True).to(dtype)
+    scale = module.log_logit_scale.detach().float().exp()
+    assert torch.equal(module(*views), gcl_kernels.gcl_loss(*views, scale))
+
+
+def test_a_scale_that_is_averaged_copied_and_stepped_at_once():
+    views = [v.float() for v in random_views(6, 8)]
+    ends = []
+    for how in ({}, {"foreach": True}, {"fused": True}):
+        module = gcl_kernels.GCLLoss(learnable_scale=True, max_logit_scale=15.0)
+        average = torch.optim.swa_utils.AveragedModel(module)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.5, maximize=True, **how)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(*views).backward()
+            optimizer.step()
+            average.update_parameters(module)
+        copied = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+        assert torch.equal(copied(*views), module(*views))
+        assert module.log_logit_scale.exp().item() == pytest.approx(15)
+        ends.append(torch.cat([module.log_logit_scale, average.module.log_logit_scale]).detach())
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0])
+
+
+class Regions(nn.Module):
+    """Each of the losses is a checkpointed region with the model in it."""
+
+    def __init__(self, reentrant: bool | None, road: str, exchange: str, losses: int) -> None:
+        super().__init__()
+        self.inside = TowersAndLoss("world", exchange)
+        self.reentrant, self.road, self.losses = reentrant, road, losses
+
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        total = 0
+        for k in range(self.losses):
+            given = (images * (k + 1), texts, self.road)
+            if self.reentrant is None:
+                loss = self.inside(*given)
+            else:
+                loss = activation_checkpoint(self.inside, *given, use_reentrant=self.reentrant)
+            total = total + (k + 1) * loss
+        return total
+
+
+def checkpointed_steps(
+    reentrant: bool | None, road: str, exchange: str, losses: int
+) -> list[Tensor]:
+    model = nn.parallel.DistributedDataParallel(Regions(reentrant, road, exchange, losses))
+    found = []
+    for seed in range(2):
+        images, texts = (shard(x, [7, 4, 6, 2, 5]).requires_grad_() for x in pairs(seed))
+        model.zero_grad()
+        loss = model(images, texts)
+        loss.backward()
+        found += [loss.detach(), images.grad, *(p.grad.clone() for p in model.parameters())]
+    return found
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("road", ["three views", "fused"])
+def test_recomputed_in_the_backward_pass(pool, road, exchange):
+    """A checkpointed region's collectives run again in the backward pass, in all processes."""
+    for reentrant, losses in ((False, 1), (True, 1), (False, 2)):
+        expected = pool.run(checkpointed_steps, None, road, exchange, losses)
+        results = pool.run(checkpointed_steps, reentrant, road, exchange, losses)
+        for result, of_rank in zip(results, expected, strict=True):
+            for tensor, same in zip(result, of_rank, strict=True):
+                assert torch.equal(tensor, same)
 
 
 def beside_open_clip(local_loss: bool) -> list[tuple[Tensor, Tensor]]:
@@ -729,8 +953,18 @@ def test_scales_of_different_last_bits(pool):
     [("cpu:gloo,cuda:nccl", "cpu"), ("cpu:gloo,cuda:gloo", "cpu"), ("cuda:nccl", "cuda")],
 )
 def test_the_host_waits_for_no_gpu_where_a_group_has_a_cpu_backend(monkeypatch, backends, expected):
+    """And where it has none, one process says so once."""
     monkeypatch.setattr(dist, "get_backend_config", lambda group: backends)
-    assert distributed._host_device(None, torch.device("cuda")) == torch.device(expected)
+    distributed._warn_of_waiting.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rank in (1, 0, 0):
+            assert distributed._host_device(_Rank(2, rank), torch.device("cuda")) == torch.device(
+                expected
+            )
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (expected == "cuda")
+    assert all(text.startswith("group: 'cuda:nccl' has no backend for the CPU") for text in told)
 
 
 def group_errors() -> list[str]:
