@@ -475,8 +475,14 @@ class GCLLoss(nn.Module):
         self.log_logit_scale: nn.Parameter | None = None
         if learnable_scale:
             # Not 0-d, which fully_shard refuses.
-            log_scale = torch.tensor([-math.log(self.temperature)], dtype=torch.float32)
-            self.log_logit_scale = nn.Parameter(log_scale)
+            self.log_logit_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Bring a learnable scale to its initial value, as after ``to_empty`` of a module made on
+        the meta device."""
+        if self.log_logit_scale is not None:
+            nn.init.constant_(self.log_logit_scale, -math.log(self.temperature))
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -369,6 +369,13 @@ def test_module_owns_a_bounded_learnable_scale():
     )
 
 
+def test_module_made_on_the_meta_device():
+    with torch.device("meta"):
+        module = GCLLoss(temperature=0.05, learnable_scale=True)
+    module.to_empty(device="cpu").reset_parameters()
+    assert module.log_logit_scale.exp().item() == pytest.approx(20)
+
+
 def test_module_owns_the_fusion_weights_that_are_parameters():
     alpha = torch.nn.Parameter(torch.tensor(0.5))
     module = copy.deepcopy(GCLLoss(fusion_weights=(alpha, 2.0)))
