@@ -8,6 +8,7 @@
 // |m0 a + m1 b|, from the sum itself: by the law of cosines it would cancel.
 template <class T>
 INLINE T mixed_length(const T* a, const T* b, T m0, T m1, int64_t size) {
+  if (size == 1) return std::abs(a[0] * m0 + b[0] * m1);
   auto sum = splat<T>(0);
   int64_t k = 0;
   for (; k + lanes<T> <= size; k += lanes<T>) {

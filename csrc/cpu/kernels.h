@@ -123,6 +123,12 @@ INLINE T dot(const T* a, const T* b, int64_t size) {
   return horizontal_sum<T>(even + odd) + tail;
 }
 
+// |e|; of one number without its square, which may overflow.
+template <class T>
+INLINE T length_of(const T* e, int64_t size) {
+  return size == 1 ? std::abs(e[0]) : std::sqrt(dot(e, e, size));
+}
+
 // to = factor * from
 template <class T>
 INLINE void scaled_copy(T* to, const T* from, T factor, int64_t size) {
@@ -156,7 +162,7 @@ INLINE Length<T> write_unit(T* z, const T* e, const S& s) {
     checked_copy(z, e, s.dim);
     return {1, 1};
   }
-  const T norm = std::sqrt(dot(e, e, s.dim)), inverse = inverse_norm(norm, s.eps);
+  const T norm = length_of(e, s.dim), inverse = inverse_norm(norm, s.eps);
   scaled_copy(z, e, inverse, s.dim);
   return {norm, inverse};
 }
