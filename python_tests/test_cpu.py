@@ -1,7 +1,13 @@
-"""The CPU extension: its matrix product, and every instruction set that this processor has."""
+"""The CPU extension: every road that this processor can execute, whichever it takes by itself.
+
+A road is an instruction set and who multiplies: the extension's own product, PyTorch's BLAS called
+by the extension, or PyTorch called between the blocks. With either of the first two a whole pass is
+one call.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import random
@@ -11,6 +17,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import dense_loss
 from test_contract import check, random_views
 from test_score_fusion import check as check_fused
 from torch import Tensor
@@ -26,32 +33,51 @@ pytestmark = pytest.mark.skipif(
     cpu.why_unavailable() is not None, reason="the CPU extension is not built"
 )
 
-SETS = cpu._cpu.supported_instruction_sets() if cpu.why_unavailable() is None else []
+BUILT = cpu.why_unavailable() is None
+SETS = cpu._cpu.supported_instruction_sets() if BUILT else []
+PRODUCTS = cpu._cpu.supported_products() if BUILT else []
 
 
 @contextmanager
-def using(name: str) -> Iterator[None]:
-    """Every call within takes this instruction set."""
-    before = cpu._cpu.instruction_set()
-    cpu._cpu.use_instruction_set(name)
+def using(instruction_set: str, products: str) -> Iterator[None]:
+    """Every call within takes this road."""
+    before = cpu._cpu.instruction_set(), cpu._cpu.products()
+    cpu._cpu.use_instruction_set(instruction_set)
+    cpu._cpu.use_products(products)
     try:
         yield
     finally:
-        cpu._cpu.use_instruction_set(before)
+        cpu._cpu.use_instruction_set(before[0])
+        cpu._cpu.use_products(before[1])
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    with using(request.param):
-        yield request.param
+def roads(*who: str) -> pytest.MarkDecorator:
+    """The test on every road with one of these products. With PyTorch's or its BLAS's, instruction
+    sets differ in what is between the products alone."""
+    every = [(name, products) for name in SETS for products in PRODUCTS if products in who]
+    return pytest.mark.parametrize("road", every, ids="-".join, indirect=True)
 
 
 @pytest.fixture
-def has_product():
-    if "avx512" not in SETS:
-        pytest.skip("this processor has no AVX-512")
-    with using("avx512"):
-        yield
+def road(request):
+    with using(*request.param):
+        yield request.param
+
+
+WHOLE = ("own", "blas")
+"""Products with which a whole pass is one call."""
+
+ONCE = [(SETS[-1], products) for products in PRODUCTS if products in WHOLE] if BUILT else []
+"""Each of them with the widest instruction set."""
+
+whole_passes = pytest.mark.parametrize("road", ONCE, ids="-".join, indirect=True)
+
+
+def test_the_extension_multiplies_wherever_pytorch_shows_its_blas():
+    """As PyTorch's wheels for x86 do; no processor is left with calls from Python."""
+    if torch.backends.mkl.is_available():
+        assert PRODUCTS == ["own", "blas", "pytorch"]
+        assert cpu._cpu.products() in WHOLE
 
 
 def laid_out(matrix: Tensor, transposed: bool) -> Tensor:
@@ -70,7 +96,8 @@ SIZES = [(1, 1, 1), (6, 16, 64), (7, 257, 65), (5, 256, 130), (100, 600, 31), (2
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("rows", "depth", "cols"), SIZES)
-def test_product(has_product, dtype, rows, depth, cols):
+@roads(*WHOLE)
+def test_product(road, dtype, rows, depth, cols):
     """Both layouts of both operands, overwriting and adding; nothing beside the result changes."""
     a, b = torch.randn(rows, depth, dtype=dtype), torch.randn(depth, cols, dtype=dtype)
     start = torch.randn(rows, cols + 5, dtype=dtype)
@@ -88,7 +115,8 @@ def test_product(has_product, dtype, rows, depth, cols):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 100, 257])
-def test_product_with_its_own_transpose(has_product, dtype, rows):
+@roads("own")
+def test_product_with_its_own_transpose(road, dtype, rows):
     """Half of it is a copy; its bits are those of the whole product."""
     a = laid_out(torch.randn(rows, 300, dtype=dtype), False)
     out = torch.full((rows, rows + 5), torch.nan, dtype=dtype)
@@ -98,7 +126,8 @@ def test_product_with_its_own_transpose(has_product, dtype, rows):
     assert out[:, rows:].isnan().all()
 
 
-def test_product_keeps_what_is_not_a_number(has_product):
+@roads(*WHOLE)
+def test_product_keeps_what_is_not_a_number(road):
     a, b = torch.randn(9, 20), torch.randn(20, 70)
     a[4, 7], b[3, 66] = torch.nan, torch.inf
     out = cpu.product(a, b, torch.empty(9, 70))
@@ -106,9 +135,27 @@ def test_product_keeps_what_is_not_a_number(has_product):
     assert out.isfinite().sum() == 8 * 69
 
 
-def test_any_number_of_threads_gives_the_same_bits(instruction_set):
-    """Of the extension's own work; PyTorch's products may choose by threads, so they are small."""
-    size = (700, 40) if cpu._cpu.product_pays() else (300, 4)
+@pytest.mark.skipif("blas" not in PRODUCTS, reason="PyTorch shows no BLAS")
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch.mm may call others")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_blas_is_what_pytorch_calls(dtype):
+    """The same bits as ``torch.mm`` and ``addmm``."""
+    a, b = torch.randn(96, 512, dtype=dtype), torch.randn(80, 512, dtype=dtype)
+    start = torch.randn(96, 80, dtype=dtype)
+    results = {}
+    for products in ("blas", "pytorch"):
+        with using(SETS[-1], products):
+            out, added = torch.full_like(start, torch.nan), start.clone()
+            cpu.product(a, b.t(), out)
+            cpu.add_product(added, a, b.t())
+            results[products] = out, added
+    assert all(map(torch.equal, results["blas"], results["pytorch"]))
+
+
+@roads(*WHOLE, "pytorch")
+def test_any_number_of_threads_gives_the_same_bits(road):
+    """Of the extension's own work; a BLAS may choose by threads, so its products are small."""
+    size = (700, 40) if road[1] == "own" else (300, 4)
     leaves = [torch.randn(size).requires_grad_() for _ in range(3)]
     results = []
     threads = torch.get_num_threads()
@@ -126,11 +173,46 @@ def test_any_number_of_threads_gives_the_same_bits(instruction_set):
 
 @pytest.mark.parametrize("scale", [14.0, 100.0], ids=["bounded", "running"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_instruction_set(instruction_set, ragged, dtype, scale):
-    """Several ragged blocks of both roads."""
+@roads(*WHOLE, "pytorch")
+def test_every_road(road, ragged, dtype, scale):
+    """Several ragged blocks, with and without score fusion, against the oracle."""
     views = random_views(53, 37, torch.device("cpu"))
     check(views, scale, backend="cpu", dtypes=(dtype,) * 3)
     check_fused(views[:2], scale, backend="cpu", dtypes=(dtype,) * 2)
+
+
+@pytest.fixture
+def planted_error(monkeypatch):
+    """A BLAS whose every product has one number wrong by a thousandth of the largest."""
+    if "blas" not in PRODUCTS:
+        pytest.skip("PyTorch shows no BLAS")
+    single, twice = cpu._find_blas()
+    signature = ctypes.CFUNCTYPE(None, *(ctypes.c_void_p,) * 13)
+
+    def gemm(*arguments):
+        signature(single)(*arguments)
+        rows, cols, pitch = (
+            ctypes.cast(arguments[at], ctypes.POINTER(ctypes.c_int))[0] for at in (2, 3, 12)
+        )
+        numbers = ctypes.cast(arguments[11], ctypes.POINTER(ctypes.c_float))
+        column = (cols - 1) * pitch
+        numbers[column] += 1e-3 * max(abs(numbers[column + i]) for i in range(rows))
+
+    wrong = signature(gemm)
+    cpu._cpu.set_blas(ctypes.cast(wrong, ctypes.c_void_p).value, twice)
+    with using(SETS[-1], "blas"):
+        yield
+    cpu._cpu.set_blas(single, twice)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_planted_error_is_seen(planted_error, ragged, fused):
+    views = random_views(53, 37, torch.device("cpu"))
+    with pytest.raises(AssertionError, match="exceeds bound"):
+        if fused:
+            check_fused(views[:2], 14.0, backend="cpu", dtypes=(torch.float32,) * 2)
+        else:
+            check(views, 14.0, backend="cpu")
 
 
 UNUSED_VIEW = [[1, 1, 0], [1, 0, 0], [0, 0, 0]]
@@ -162,8 +244,9 @@ def with_and_without(passes, monkeypatch, halved, step, shown, needs) -> None:
 @pytest.mark.parametrize("kept", [0, 700, 1 << 20])
 @pytest.mark.parametrize("needs", [(1, 1, 1, 0), (0, 1, 0, 0), (1, 0, 1, 1)], ids=str)
 @pytest.mark.parametrize("candidates", [None, [[1, 0, 1], [0, 0, 1], [0, 1, 0]], UNUSED_VIEW])
+@whole_passes
 def test_a_pass_in_one_call_is_the_loop_over_blocks(
-    has_product, ragged, monkeypatch, candidates, needs, kept, halved
+    road, ragged, monkeypatch, candidates, needs, kept, halved
 ):
     """The same numbers; some rows have no negative, and some tiles stay between the passes, of
     which one may be a call and the other a loop."""
@@ -184,8 +267,9 @@ def test_a_pass_in_one_call_is_the_loop_over_blocks(
 @pytest.mark.parametrize("kept", [0, 2500, 1 << 20])
 @pytest.mark.parametrize("needs", [(1, 1, 1), (0, 1, 0)], ids=str)
 @pytest.mark.parametrize("candidates", [None, [[1, 0, 1], [0, 0, 1], [0, 1, 0]], UNUSED_VIEW])
+@whole_passes
 def test_a_fused_pass_in_one_call_is_the_loop_over_blocks(
-    has_product, ragged, monkeypatch, candidates, needs, kept, halved
+    road, ragged, monkeypatch, candidates, needs, kept, halved
 ):
     monkeypatch.setattr(problem, "KEPT_ELEMENTS", kept)
     shown = [v.float() for v in random_views(45, 12, torch.device("cpu"))[:2]]
@@ -200,7 +284,8 @@ def test_a_fused_pass_in_one_call_is_the_loop_over_blocks(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_blocks_in_any_order(has_product, seed):
+@roads(*WHOLE)
+def test_blocks_in_any_order(road, seed):
     """Rows are first written, then added to, whichever blocks come first."""
     size = 100
     z, scale = F.normalize(torch.randn(size, 20), dim=-1), torch.tensor(9.0)
@@ -218,6 +303,101 @@ def test_blocks_in_any_order(has_product, seed):
     assert not kept.isnan().any() and 0 < used < 2500 and (kept[used:] == 0).all()
 
 
-def test_an_unknown_instruction_set_is_refused():
-    with pytest.raises(ValueError, match="not supported by this processor: sse9"):
+def test_what_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="instruction_set: not supported here: sse9"):
         cpu._cpu.use_instruction_set("sse9")
+    with pytest.raises(ValueError, match="products: not supported here: magma"):
+        cpu._cpu.use_products("magma")
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["three views", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@roads("own")
+def test_a_single_number_s_length_is_no_square_s_root(road, dtype, given):
+    """Its square may overflow, its length does not; in more dimensions the square's NaN stays."""
+    large = 1e20 if dtype == torch.float32 else 1e200
+    views = [v.to(dtype) for v in random_views(9, 1, torch.device("cpu"))]
+    leaves = [(views[0] * large).requires_grad_(), (views[1] * large).requires_grad_()]
+    third = [views[2]] if given else []
+    loss = gcl_kernels.gcl_loss(*leaves, *third, logit_scale=3.0, backend="cpu")
+    exact = [view.detach().double() for view in leaves]
+    third = third[0].double() if given else exact[0] + exact[1]
+    want = dense_loss([*exact, third], torch.tensor(3.0))
+    torch.testing.assert_close(loss.detach().double(), want, rtol=1e-6, atol=0)
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        assert (leaf * grad).abs().max() < 1e-5  # a unit vector of one dimension cannot turn
+    wide = [view.detach().expand(9, 2) for view in leaves]
+    assert gcl_kernels.gcl_loss(*wide, logit_scale=3.0, backend="cpu").isnan()
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same numbers a byte beside where PyTorch would put them, as behind a file's header."""
+    data = bytearray(1) + bytearray(tensor.detach().numpy().tobytes())
+    copy = torch.frombuffer(data, dtype=tensor.dtype, offset=1).view(tensor.shape)
+    assert copy.data_ptr() % tensor.element_size()
+    return copy
+
+
+@pytest.fixture
+def addresses(monkeypatch):
+    """Those that the extension is given."""
+    seen: list[int] = []
+    function = cpu._function
+
+    def watched(name, dtype):
+        def call(*arguments):
+            for argument in arguments:
+                numbers = argument if isinstance(argument, list) else [argument]
+                # No size is so large here, and no address so small.
+                seen.extend(n for n in numbers if isinstance(n, int) and n > 1 << 32)
+            return function(name, dtype)(*arguments)
+
+        return call
+
+    monkeypatch.setattr(cpu, "_function", watched)
+    return seen
+
+
+@pytest.mark.parametrize("products", ["own", "pytorch"], ids=["whole passes", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fused", [False, True], ids=["three views", "fused"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_memory_that_is_not_aligned(name, fused, dtype, products, addresses):
+    """Embeddings, sample ids and the weights of a sum may lie anywhere; the extension is given
+    aligned memory, which its compiler counts on."""
+    if reason := BACKENDS[name].why_not(torch.device("cpu"), dtype):
+        pytest.skip(reason)
+    views = [v.to(dtype) for v in random_views(21, 19, torch.device("cpu"))][: 2 if fused else 3]
+    ids, weights = torch.arange(21) // 2, torch.tensor([1.0, 0.5], dtype=dtype)
+
+    def run(placed):
+        wanted = leaves = [placed(view).requires_grad_() for view in views]
+        options = {"sample_ids": placed(ids), "backend": name}
+        if fused:
+            of_sum = placed(weights).requires_grad_()
+            wanted, leaves = [*leaves, of_sum], [*leaves, None]
+            options["fusion_weights"] = of_sum.unbind()
+        loss = gcl_kernels.gcl_loss(*leaves, 9.0, **options)
+        return [loss, *torch.autograd.grad(loss, wanted)]
+
+    with using(SETS[-1], products):
+        results = run(misaligned), run(torch.clone)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    assert bool(addresses) == (name == "cpu")
+    assert not any(address % 4 for address in addresses)
+
+
+@pytest.mark.parametrize("products", PRODUCTS)
+def test_an_upstream_gradient_that_is_not_aligned(products, addresses):
+    """It comes as it is where ``neg_lse`` is what is differentiated."""
+    views = [v.float().requires_grad_() for v in random_views(21, 19, torch.device("cpu"))]
+    upstream = torch.rand(3, 21)
+    with using(SETS[-1], products):
+        result = gcl_kernels.neg_lse(views, 9.0, backend="cpu")
+        one, other = (
+            torch.autograd.grad(result, views, grad, retain_graph=True)
+            for grad in (misaligned(upstream), upstream)
+        )
+    assert all(map(torch.equal, one, other))
+    assert addresses and not any(address % 4 for address in addresses)

@@ -99,29 +99,52 @@ static void fused_gradients(int threads, int64_t samples, int64_t dim,
 static const std::pair<const char*, Isa> instruction_sets[] = {
     {"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}};
 
+static const std::pair<const char*, Products> products[] = {
+    {"own", Products::own}, {"blas", Products::blas}, {"pytorch", Products::pytorch}};
+
+static bool supported(Products chosen) {
+  return chosen != Products::blas || (gemm<float> && gemm<double>);
+}
+
+// Binds `supported`, `in_use` and `use` of one table of choices. To choose is for tests and
+// comparisons: every later call takes what was chosen.
+template <class Choice, size_t count>
+static void bind_choice(py::module_& m, const std::string& what,
+                        const std::pair<const char*, Choice> (&table)[count],
+                        const std::string& plural, Choice (*in_use)(), void (*use)(Choice)) {
+  m.def(("supported_" + plural).c_str(), [&table] {
+    std::vector<std::string> names;
+    for (const auto& [name, choice] : table)
+      if (supported(choice)) names.push_back(name);
+    return names;
+  });
+  m.def(what.c_str(), [&table, in_use] {
+    for (const auto& [name, choice] : table)
+      if (choice == in_use()) return name;
+    throw std::logic_error("a choice without a name");
+  });
+  m.def(("use_" + what).c_str(), [&table, what, use](const std::string& chosen) {
+    for (const auto& [name, choice] : table)
+      if (name == chosen && supported(choice)) return use(choice);
+    throw std::invalid_argument(what + ": not supported here: " + chosen);
+  });
+}
+
 }  // namespace gcl
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace gcl;
   m.doc() = "Products and epilogues of the tiles on a CPU; see gcl_kernels/backends/cpu.py.";
-  m.def("supported_instruction_sets", [] {
-    std::vector<std::string> names;
-    for (const auto& [name, isa] : instruction_sets)
-      if (supported(isa)) names.push_back(name);
-    return names;
+  bind_choice(m, "instruction_set", instruction_sets, "instruction_sets", isa_in_use, use_isa);
+  bind_choice<Products>(
+      m, "products", products, "products", [] { return products_in_use; },
+      [](Products chosen) { products_in_use = chosen; });
+  // Addresses of sgemm_ and dgemm_, from then on in use unless the own product is.
+  m.def("set_blas", [](Address single, Address twice) {
+    gemm<float> = reinterpret_cast<Gemm<float>>(single);
+    gemm<double> = reinterpret_cast<Gemm<double>>(twice);
+    if (products_in_use == Products::pytorch) products_in_use = Products::blas;
   });
-  m.def("instruction_set", [] {
-    for (const auto& [name, isa] : instruction_sets)
-      if (isa == isa_in_use()) return name;
-    throw std::logic_error("an instruction set without a name");
-  });
-  // For tests and comparisons: every later call takes this one.
-  m.def("use_instruction_set", [](const std::string& chosen) {
-    for (const auto& [name, isa] : instruction_sets)
-      if (name == chosen && supported(isa)) return use_isa(isa);
-    throw std::invalid_argument("instruction set: not supported by this processor: " + chosen);
-  });
-  m.def("product_pays", product_pays);
   m.attr("max_views") = max_views;
   py::class_<BlockPlace>(m, "BlockPlace")
       .def(py::init([](int64_t row_start, int64_t rows, int64_t col_start, int64_t cols,

@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels.hpp"
+#include "products.hpp"
 
 namespace py = pybind11;
 
@@ -53,14 +53,18 @@ static void for_each_strip(int64_t count, int threads, bool parallel, const F& b
   (void)threads, (void)parallel;
 }
 
-// Parts of C in any order: none depends on another, nor on how C is cut.
+// The own product's parts of C come in any order: none depends on another, nor on how C is cut.
 template <class T>
 static void product(int threads, int64_t rows, int64_t depth, int64_t cols, Address a,
                     int64_t a_pitch, bool a_transposed, Address b, int64_t b_pitch,
                     bool b_transposed, Address c, int64_t c_pitch, bool add) {
   const Product<T> s{rows,         cols, depth,        at<T>(a), at<T>(b), a_pitch, b_pitch,
                      a_transposed, b_transposed, at<T>(c), c_pitch,  add};
-  if (!kernels<T>().product) throw std::invalid_argument("product: needs AVX-512");
+  if (products_in_use == Products::blas) {
+    py::gil_scoped_release release;
+    blas_product(s);
+    return;
+  }
   const bool parallel = rows * cols * depth >= parallel_products;
   // Narrower panels where a few wide ones would leave threads without work.
   int64_t width = product_cols;

@@ -3,6 +3,7 @@
 #include "kernels.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -10,9 +11,9 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-#define KERNELS_OF_THIS_NAMESPACE(product, mirror)                                    \
+#define KERNELS_OF_THIS_NAMESPACE                                                     \
   template <class T>                                                                  \
-  constexpr Kernels<T> table = {product,                mirror,                       \
+  constexpr Kernels<T> table = {product<T>,             mirror<T>,                    \
                                 stats_bounded<T>,       stats_running<T>,             \
                                 weights<T>,             embed<T>,                     \
                                 embed_backward<T>,      embed_fused<T>,               \
@@ -21,10 +22,12 @@
 
 namespace gcl {
 namespace baseline {
+constexpr int tile_vectors = 1;
 #include "simd.h"
+#include "product.h"
 #include "kernels.h"
 #include "fused_kernels.h"
-KERNELS_OF_THIS_NAMESPACE(nullptr, nullptr)
+KERNELS_OF_THIS_NAMESPACE
 }  // namespace baseline
 }  // namespace gcl
 
@@ -38,10 +41,12 @@ KERNELS_OF_THIS_NAMESPACE(nullptr, nullptr)
 #endif
 namespace gcl {
 namespace avx2 {
+constexpr int tile_vectors = 1;
 #include "simd.h"
+#include "product.h"
 #include "kernels.h"
 #include "fused_kernels.h"
-KERNELS_OF_THIS_NAMESPACE(nullptr, nullptr)
+KERNELS_OF_THIS_NAMESPACE
 }  // namespace avx2
 }  // namespace gcl
 #if defined(__clang__)
@@ -55,11 +60,12 @@ KERNELS_OF_THIS_NAMESPACE(nullptr, nullptr)
 #endif
 namespace gcl {
 namespace avx512 {
+constexpr int tile_vectors = 4;
 #include "simd.h"
 #include "product.h"
 #include "kernels.h"
 #include "fused_kernels.h"
-KERNELS_OF_THIS_NAMESPACE(product<T>, mirror<T>)
+KERNELS_OF_THIS_NAMESPACE
 }  // namespace avx512
 }  // namespace gcl
 #if defined(__clang__)
@@ -92,7 +98,7 @@ void use_isa(Isa isa) { in_use = isa; }
 
 bool product_pays() {
 #ifdef GCL_X86
-  return in_use == Isa::avx512 && !__builtin_cpu_is("intel");
+  return supported(Isa::avx512) && !__builtin_cpu_is("intel");
 #else
   return false;
 #endif

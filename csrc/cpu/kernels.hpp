@@ -149,7 +149,6 @@ struct Product {
 
 template <class T>
 struct Kernels {
-  // Both null where the instruction set has none.
   void (*product)(const Product<T>&, int64_t first, int64_t last, int64_t start, int64_t stop);
   void (*mirror)(const Product<T>&, int64_t start, int64_t stop);
   void (*stats_bounded)(const StatsStrip<T>&);
@@ -174,8 +173,8 @@ bool supported(Isa isa);
 Isa isa_in_use();
 void use_isa(Isa isa);
 
-// Whether there is a `product`, and PyTorch's is slower: with AVX-512, but not on Intel's processors,
-// where MKL is at home.
+// Whether `product` is faster than PyTorch's: with AVX-512, but not on Intel's processors, where MKL
+// is at home.
 bool product_pays();
 
 }  // namespace gcl

@@ -1,14 +1,13 @@
-// Matrix products: C = A B or C += A B. For AVX-512 alone, whose registers a vector of simd.h
-// fills.
+// Matrix products: C = A B or C += A B.
 //
 // A register tile of C, tile_rows x tile_vectors vectors, takes one broadcast element of A and
 // one row of B at a time. B is read where it lies; only where its columns are contiguous instead of
 // its rows, or end within a vector, a slice of it is copied first. An element of C is summed over
 // slices of product_depth in their order, whatever the number of threads.
 
-// 24 of 32 registers hold sums: enough to hide the latency of an FMA.
+// A register tile of 6 x 4 vectors keeps sums in 24 of the 32 registers of AVX-512, one of 6 x 1 in
+// 12 of the 16 of AVX2: enough to hide the latency of an FMA. kernels.cpp defines tile_vectors.
 constexpr int tile_rows = product_tile_rows;
-constexpr int tile_vectors = 4;
 constexpr int product_depth = 256;  // a slice of 64 columns: 64 KiB, in the second-level cache
 
 // One slice of one register tile. A's element (i, p) is a[i * a_row + p * a_col].
@@ -114,12 +113,20 @@ INLINE void copy_slice(T* to, int64_t to_row, const T* b, int64_t b_pitch, bool 
   }
 }
 
+template <class T>
+using Panel = decltype(&panel<T, 1, false>);
+
+// By width, each with A as it lies and transposed.
+template <class T, int... n>
+constexpr std::array<Panel<T>, sizeof...(n)> all_panels(std::integer_sequence<int, n...>) {
+  return {panel<T, n / 2 + 1, n % 2 != 0>...};
+}
+
 // Rows `first` to `last` and columns `start` to `stop` of C, at most product_cols of them.
 template <class T>
 void product(const Product<T>& s, int64_t first, int64_t last, int64_t start, int64_t stop) {
-  static constexpr decltype(&panel<T, 1, false>) by_width[] = {
-      panel<T, 1, false>, panel<T, 1, true>, panel<T, 2, false>, panel<T, 2, true>,
-      panel<T, 3, false>, panel<T, 3, true>, panel<T, 4, false>, panel<T, 4, true>};
+  static constexpr auto by_width =
+      all_panels<T>(std::make_integer_sequence<int, 2 * tile_vectors>());
   alignas(64) T copy[product_depth * product_cols];
   const T* a = s.a + first * (s.a_transposed ? 1 : s.a_pitch);
   constexpr int64_t panel_cols = tile_vectors * lanes<T>;

@@ -1,17 +1,22 @@
 """The block functions for a CPU in C++ (SIMD).
 
 Definitions as in ``tiled``. One call computes a block's statistics or weights in one pass over the
-tile while it lies in the cache, and one call makes unit vectors or their gradients. Matrix products
-are PyTorch's, or the extension's own where those are faster; a whole pass over the blocks is then
-one call. The extension ``gcl_kernels._cpu`` (``csrc/cpu``) takes addresses, so that it serves every
-PyTorch; its results do not depend on the number of threads.
+tile while it lies in the cache, and one call makes unit vectors or their gradients. A whole pass
+over the blocks is one call, too: matrix products are those of PyTorch's BLAS, whose functions the
+extension is given, or its own where those are faster. The extension ``gcl_kernels._cpu``
+(``csrc/cpu``) takes addresses, so that it serves every PyTorch; what it computes itself does not
+depend on the number of threads.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,14 +47,34 @@ except ImportError as error:  # not built: an installation goes on without it
         "see docs/building.md"
     )
 
+
+def _find_blas() -> tuple[int, int] | None:
+    """Addresses of ``sgemm_`` and ``dgemm_`` of the BLAS that PyTorch links, its ``mm`` calls them
+    too; None where it shows none."""
+    if sys.platform == "darwin":
+        name = str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.dylib")
+    else:
+        name = "libtorch_cpu.so"
+    try:
+        library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+        functions = library.sgemm_, library.dgemm_
+    except (OSError, AttributeError):
+        return None
+    single, twice = (ctypes.cast(function, ctypes.c_void_p).value for function in functions)
+    return (single, twice) if single and twice else None
+
+
+if _cpu is not None and (_blas := _find_blas()) is not None:
+    _cpu.set_blas(*_blas)
+
 BLOCK_ROWS = 768
 """Here 512 took 3 % longer, 1024 as long, measured."""
 
 FUSED_BLOCK_ROWS = 768
 """Samples of a block's side in score fusion. 512 took 2 % longer, 1024 as long, measured."""
 
-HALVES_DIAGONAL = _cpu is None or not _cpu.product_pays()
-"""PyTorch's product computes both equal halves of a block on the diagonal, the extension's one."""
+HALVES_DIAGONAL = _cpu is None or _cpu.products() != "own"
+"""BLAS computes both equal halves of a block on the diagonal, the extension's product one."""
 
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -100,12 +125,24 @@ def _places(plan: tuple[Block, ...]) -> list[Any]:
     return [_place(block) for block in plan]
 
 
+def _is_aligned(tensor: Tensor) -> bool:
+    """False of some memory that is not PyTorch's own, such as a file's behind a header: the
+    extension reads whole numbers."""
+    return tensor.data_ptr() % tensor.element_size() == 0
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The caller's tensor, contiguous and aligned."""
+    tensor = tensor.contiguous()
+    return tensor if _is_aligned(tensor) else tensor.clone()
+
+
 def _ids(problem: Problem | FusedProblem) -> tuple[Tensor | None, Tensor | None]:
     """Explicit ids as int64; they must outlive the call that takes their addresses."""
-    rows = None if problem.ids_rows is None else problem.ids_rows.to(torch.int64)
+    rows = None if problem.ids_rows is None else _readable(problem.ids_rows.to(torch.int64))
     if problem.ids_cols is problem.ids_rows:
         return rows, rows
-    return rows, None if problem.ids_cols is None else problem.ids_cols.to(torch.int64)
+    return rows, None if problem.ids_cols is None else _readable(problem.ids_cols.to(torch.int64))
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -117,6 +154,11 @@ def _layout(matrix: Tensor) -> tuple[int, bool]:
     if matrix.stride(1) == 1:
         return matrix.stride(0), False
     return matrix.stride(1), True
+
+
+def _by_pytorch() -> bool:
+    """Whether products are calls of PyTorch from Python, as no other ones are at hand."""
+    return _cpu.products() == "pytorch"
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
@@ -136,7 +178,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out = a @ b``; rows or columns of ``a`` and ``b``, and rows of ``out``, are contiguous."""
-    if not _cpu.product_pays():
+    if _by_pytorch():
         return torch_product(a, b, out)
     _multiply(a, b, out, add=False)
     return out
@@ -144,7 +186,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """``accumulator += a @ b``."""
-    if not _cpu.product_pays():
+    if _by_pytorch():
         return torch_add_product(accumulator, a, b)
     _multiply(a, b, accumulator, add=True)
 
@@ -194,6 +236,7 @@ def block_weights(
     if dots is None:
         dots = _dots(problem, block, workspace)
     out = workspace.tile(0, block.shape, problem.accum_dtype)
+    grad_rows, grad_cols = _readable(grad_rows), _readable(grad_cols)
     _function("block_weights", problem.accum_dtype)(
         torch.get_num_threads(),
         dots.data_ptr(),
@@ -229,8 +272,8 @@ def _pass(problem: Problem, plan: tuple[Block, ...], kept: Tensor) -> tuple[Any,
 
 def statistics(problem: Problem, plan: tuple[Block, ...], kept: Tensor) -> Tensor | None:
     """``neg_lse`` [M]: all blocks in one call, whose cost in Python would be a small batch's. None
-    where the products are PyTorch's."""
-    if not _cpu.product_pays():
+    where the products are calls from Python."""
+    if _by_pytorch():
         return None
     ids, _ = _ids(problem)
     neg_lse = problem.scale.new_empty(problem.z_rows.shape[0])
@@ -248,13 +291,13 @@ def matrix_gradient(
     grad: Tensor,
     needs_grad: Sequence[bool],
 ) -> Tensor | None:
-    """``H z`` [M, D] in one call. None where the products are PyTorch's, or where the scale's
-    gradient has shares that are not in ``<z, H z>``."""
+    """``H z`` [M, D] in one call. None where the products are calls from Python, or where the
+    scale's gradient has shares that are not in ``<z, H z>``."""
     *needs_view, needs_scale = needs_grad
-    if not _cpu.product_pays() or (needs_scale and not all(needs_view)):
+    if _by_pytorch() or (needs_scale and not all(needs_view)):
         return None
     ids, _ = _ids(problem)
-    hz = torch.empty_like(problem.z_rows)
+    grad, hz = _readable(grad), torch.empty_like(problem.z_rows)
     _function("matrix_gradient", problem.accum_dtype)(
         *_pass(problem, plan, kept),
         _address(ids),
@@ -269,7 +312,7 @@ def matrix_gradient(
 def _plain(views: Sequence[Tensor], compute_dtype: torch.dtype, num_views: int) -> bool:
     """Whether the extension reads these views as they are."""
     return num_views <= _cpu.max_views and all(
-        view.dtype == compute_dtype and view.stride(1) == 1 for view in views
+        view.dtype == compute_dtype and view.stride(1) == 1 and _is_aligned(view) for view in views
     )
 
 
@@ -326,7 +369,7 @@ def embed_backward(
         )
     grads = [z.new_empty((num_samples, dim) if needs else 0) for needs in needs_grad]
     grad_scale = z.new_empty(num_views, num_samples)
-    grad_own_logits = grad_own_logits.contiguous()
+    grad_own_logits = _readable(grad_own_logits)
     _function("embed_backward", z.dtype)(
         torch.get_num_threads(),
         num_samples,
@@ -363,7 +406,7 @@ def embed_fused(
     num_samples, dim = views[0].shape
     results = embeddings.empty_fused(views, len(bases), normalize, compute_dtype, scale)
     z, inverse, lengths, coefficients, dots, own_logits = results
-    mixing = mixing.contiguous()
+    mixing = _readable(mixing)
     _function("embed_fused", compute_dtype)(
         torch.get_num_threads(),
         [view.data_ptr() for view in views],
@@ -412,7 +455,7 @@ def fused_gradients(
     _, num_samples, dim = z.shape
     grads = [z.new_empty((num_samples, dim) if needs else 0) for needs in needs_grad[:2]]
     shares = z.new_empty(2 * len(bases) + 1, num_samples)
-    grad_own_logits = grad_own_logits.contiguous()
+    grad_own_logits = _readable(grad_own_logits)
     _function("fused_gradients", z.dtype)(
         torch.get_num_threads(),
         num_samples,
@@ -486,7 +529,7 @@ def _fused_pass(problem: FusedProblem, plan: tuple[Block, ...], kept: Tensor) ->
 
 def fused_statistics(problem: FusedProblem, plan: tuple[Block, ...], kept: Tensor) -> Tensor | None:
     """As :func:`statistics`: [V, N]."""
-    if not _cpu.product_pays():
+    if _by_pytorch():
         return None
     ids, _ = _ids(problem)
     neg_lse = problem.scale.new_empty(len(problem.bases), problem.z_rows.shape[1])
@@ -504,10 +547,12 @@ def fused_matrix_gradient(
     grad: Tensor,
     needs_base: Sequence[bool],
 ) -> tuple[Tensor, Tensor] | None:
-    """``R`` [2, N, D] and ``U`` [V, 2, N] in one call; None where the products are PyTorch's."""
-    if not _cpu.product_pays():
+    """``R`` [2, N, D] and ``U`` [V, 2, N] in one call; None where the products are calls from
+    Python."""
+    if _by_pytorch():
         return None
     ids, _ = _ids(problem)
+    grad = _readable(grad)
     r, inner = torch.empty_like(problem.z_rows), torch.zeros_like(problem.coefficients_rows)
     _function("fused_matrix_gradient", problem.accum_dtype)(
         *_fused_pass(problem, plan, kept),
@@ -552,6 +597,7 @@ def fused_block_weights(
     if y is None:
         y = fused_products(problem, block, workspace, product)
     out = workspace.tile(0, (2, 2, *block.shape), problem.accum_dtype)
+    grad_rows, grad_cols = _readable(grad_rows), _readable(grad_cols)
     _function("fused_block_weights", problem.accum_dtype)(
         *_fused_arguments(problem, block, y, ids),
         lse_rows.data_ptr(),
