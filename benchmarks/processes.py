@@ -27,7 +27,7 @@ from torch import Tensor
 
 import gcl_kernels
 from benchmarks.peers import NUM_VIEWS, on_sum, peers
-from benchmarks.record import environment
+from benchmarks.record import caption, environment
 
 TURNS = 7
 SIZES = [("gcl", 2048, 768), ("fused", 2048, 768), ("clip", 4096, 512)]
@@ -137,7 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
-    rows = measure()
+    rows, machine = measure(), environment()
+    print(caption(machine))
     print("Times over ours (embeddings gathered).\n")
     print(f"| loss | N | D | processes | ours, ms | {RING} | {DENSE} | {ALONE} |")
     print("|---|---|---|---|---|---|---|---|")
@@ -148,7 +149,7 @@ def main() -> None:
             f"{row['milliseconds']:.0f} | {' | '.join(cells)} |"
         )
     if arguments.record:
-        record = {"environment": environment(), "speed": rows}
+        record = {"environment": machine, "speed": rows}
         arguments.record.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import gcl_kernels
+from gcl_kernels.backends import cpu
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,13 +25,34 @@ def _command(*words: str) -> str:
         return "unknown"
 
 
-def _cpu() -> str:
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, and where Linux tells them family and model: a hypervisor may give no more than a
+    maker's name."""
     try:
-        with open("/proc/cpuinfo") as file:
-            models = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        return models[0]
-    except (OSError, IndexError):
+        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+    except OSError:
+        lines = []
+    # Of the first core.
+    facts = {key.strip(): value.strip() for key, value in reversed(lines)}
+    if "model name" not in facts:
         return platform.processor() or platform.machine()
+    name = facts["model name"]
+    if "cpu family" in facts and "model" in facts:
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
+
+
+def cpu_road() -> dict[str, str]:
+    """Which code the ``cpu`` backend runs here; its figures differ by that as by the processor."""
+    if cpu.why_unavailable() is not None:
+        return {"instruction_set": "none: no extension", "products": "PyTorch's"}
+    products = {
+        "own": "the extension's own",
+        "blas": "PyTorch's BLAS",
+        "pytorch": "PyTorch's, called between the blocks",
+    }
+    road = cpu._cpu
+    return {"instruction_set": road.instruction_set(), "products": products[road.products()]}
 
 
 def _version(package: str) -> str | None:
@@ -41,7 +63,8 @@ def _version(package: str) -> str | None:
 
 
 def environment() -> dict[str, object]:
-    """Machine, versions and commit (with ``+`` where the tree had changes)."""
+    """Machine, versions, commit (with ``+`` where the tree had changes), the ``cpu`` backend's
+    road."""
     commit = _command("git", "rev-parse", "--short", "HEAD")
     # What a record's figures depend on.
     sources = ["../gcl_kernels", "../csrc", "../build_extensions.py", "../benchmarks/*.py"]
@@ -51,9 +74,10 @@ def environment() -> dict[str, object]:
         "gcl_kernels": gcl_kernels.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **cpu_road(),
     }
     if torch.cuda.is_available():
         record |= {
@@ -63,3 +87,12 @@ def environment() -> dict[str, object]:
             "triton": _version("triton"),
         }
     return record
+
+
+def caption(machine: dict[str, object]) -> str:
+    """What the figures depend on, in the words that a page quotes with them."""
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, instruction set "
+        f"{machine['instruction_set']}, products {machine['products']}, PyTorch "
+        f"{machine['torch']}, commit {machine['commit']}."
+    )

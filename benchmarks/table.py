@@ -17,7 +17,7 @@ from statistics import median
 from benchmarks.bench_loss import FLOOR_SIZE, PEERS
 from benchmarks.memory import measure_all
 from benchmarks.peers import product_flops
-from benchmarks.record import environment
+from benchmarks.record import caption, environment
 
 OURS, FLOOR = "gcl_kernels", "matrix product"
 
@@ -75,11 +75,12 @@ def main() -> None:
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
     rows = rows_of(json.loads(arguments.benchmark.read_text())["benchmarks"])
-    memory = measure_all()
-    print("\nA peer's time over ours; efficiency: the matrix products' time alone over ours.\n")
+    memory, machine = measure_all(), environment()
+    print(f"\n{caption(machine)}")
+    print("A peer's time over ours; efficiency: the matrix products' time alone over ours.\n")
     print(markdown(rows, memory))
     if arguments.record:
-        record = {"environment": environment(), "speed": rows, "memory": memory}
+        record = {"environment": machine, "speed": rows, "memory": memory}
         arguments.record.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report, table
+from benchmarks import gpu_report, record, table
 from benchmarks.peers import peers, training_step
+from gcl_kernels.backends import cpu
 
 
 @pytest.mark.parametrize("task", ["gcl", "fused", "clip"])
@@ -202,3 +203,26 @@ def test_table_takes_ratios_within_a_turn():
     assert row["efficiency"] == pytest.approx(flops / (2 * 4096**3 / 0.5))
     text = table.markdown([row], [{"peer": "gcl_kernels", "n": 1, "d": 2, "megabytes": 3.0}])
     assert "3.00 x" in text and "| gcl_kernels | 1 | 2 | 3 |" in text
+
+
+def test_records_name_processor_instruction_set_and_products(tmp_path: Path, monkeypatch):
+    """Figures depend on all three; a hypervisor's "AMD EPYC" is any of four generations."""
+    path = tmp_path / "cpuinfo"
+    core = "cpu family\t: 25\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nflags\t: a b\n"
+    path.write_text(core.format(1) + "\n" + core.format(2))
+    assert record.processor(path) == "AMD EPYC (family 25, model 1)"
+    path.write_text("processor\t: 0\n")  # as on a machine with ARM's
+    assert record.processor(path) == record.processor(tmp_path / "none")
+    machine = record.environment()
+    text = record.caption(machine)
+    assert machine["cpu"] in text and machine["commit"] in text
+    if cpu.why_unavailable() is None:
+        assert machine["instruction_set"] == cpu._cpu.instruction_set()
+        before = cpu._cpu.products()
+        try:
+            cpu._cpu.use_products("own")
+            assert "products the extension's own" in record.caption(record.environment())
+        finally:
+            cpu._cpu.use_products(before)
+    monkeypatch.setattr(cpu, "_WHY_UNAVAILABLE", "not built")
+    assert record.environment()["products"] == "PyTorch's"
