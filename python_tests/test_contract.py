@@ -327,6 +327,27 @@ def test_non_finite_input_gives_nan(backend, device, tiling, bad, view, normaliz
         assert loss.isnan(), loss
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["three views", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_length_of_one_number(backend, device, dtype, given):
+    """Its square may overflow, its length does not; in more dimensions the square's NaN stays."""
+    if BACKENDS[backend].why_not(device, dtype):
+        pytest.skip("no float64")
+    large = 1e20 if dtype == torch.float32 else 1e200
+    views = [v.to(dtype) for v in random_views(9, 1, device)]
+    leaves = [(view * large).requires_grad_() for view in views[:2]]
+    third = [views[2]] if given else []
+    loss = gcl_kernels.gcl_loss(*leaves, *third, logit_scale=3.0, backend=backend)
+    exact = [view.detach().double() for view in leaves]
+    exact.append(third[0].double() if given else exact[0] + exact[1])
+    want = dense_loss([view / view.abs() for view in exact], torch.tensor(3.0, device=device))
+    torch.testing.assert_close(loss.detach().double(), want, rtol=1e-6, atol=0)
+    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        assert (leaf * grad).abs().max() < 1e-5  # a unit vector of one dimension cannot turn
+    wide = [view.detach().expand(9, 2) for view in leaves]
+    assert gcl_kernels.gcl_loss(*wide, logit_scale=3.0, backend=backend).isnan()
+
+
 @pytest.mark.parametrize("scale", [torch.nan, torch.inf, -torch.inf])
 def test_scale_that_is_no_number_gives_nan(backend, device, tiling, scale):
     """An infinite one too where the batch is solved, whose logits are infinite of either sign."""

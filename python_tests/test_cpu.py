@@ -17,7 +17,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import dense_loss
 from test_contract import check, random_views
 from test_score_fusion import check as check_fused
 from torch import Tensor
@@ -308,26 +307,6 @@ def test_what_is_not_there_is_refused():
         cpu._cpu.use_instruction_set("sse9")
     with pytest.raises(ValueError, match="products: not supported here: magma"):
         cpu._cpu.use_products("magma")
-
-
-@pytest.mark.parametrize("given", [True, False], ids=["three views", "fused"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@roads("own")
-def test_a_single_number_s_length_is_no_square_s_root(road, dtype, given):
-    """Its square may overflow, its length does not; in more dimensions the square's NaN stays."""
-    large = 1e20 if dtype == torch.float32 else 1e200
-    views = [v.to(dtype) for v in random_views(9, 1, torch.device("cpu"))]
-    leaves = [(views[0] * large).requires_grad_(), (views[1] * large).requires_grad_()]
-    third = [views[2]] if given else []
-    loss = gcl_kernels.gcl_loss(*leaves, *third, logit_scale=3.0, backend="cpu")
-    exact = [view.detach().double() for view in leaves]
-    third = third[0].double() if given else exact[0] + exact[1]
-    want = dense_loss([*exact, third], torch.tensor(3.0))
-    torch.testing.assert_close(loss.detach().double(), want, rtol=1e-6, atol=0)
-    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-        assert (leaf * grad).abs().max() < 1e-5  # a unit vector of one dimension cannot turn
-    wide = [view.detach().expand(9, 2) for view in leaves]
-    assert gcl_kernels.gcl_loss(*wide, logit_scale=3.0, backend="cpu").isnan()
 
 
 def misaligned(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gcl_kernels import embeddings
 from gcl_kernels.backends.triton.embeddings import (
     ABSENT,
     NORM_EPS,
@@ -251,6 +252,10 @@ def embed_fused(
     scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`gcl_kernels.embeddings.embed_fused`, in one launch."""
+    if views[0].shape[1] == 1:  # as in embeddings.embed
+        return embeddings.embed_fused(
+            views, mixing, bases, own_pairs, normalize, compute_dtype, scale
+        )
     results = empty_fused(views, len(bases), normalize, compute_dtype, scale)
     grid, shape = over_samples(views)
     with torch.cuda.device_of(scale):
