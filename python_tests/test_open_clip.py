@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 pytest.importorskip("open_clip")
 
 import open_clip
+from test_docs import ROOT, code_blocks
 
 import gcl_kernels
 from gcl_kernels.integrations import open_clip as gcl
@@ -193,14 +195,18 @@ def program_args(**changed):
     return SimpleNamespace(**(args | changed))
 
 
-def test_create_loss():
-    loss = gcl.create_loss(program_args(), other_positives="exclude")
+def test_create_loss(caplog):
+    with caplog.at_level(logging.INFO):
+        loss = gcl.create_loss(program_args(), other_positives="exclude")
+        gcl.create_loss(program_args(rank=1))
     assert type(loss) is gcl.GCLLoss and loss.loss.spec.other_positives == "exclude"
+    logged = [row.message for row in caplog.records if "GCLLoss" in row.message]
+    assert logged == ["Created gcl_kernels' GCLLoss: other_positives='exclude'"]
     with pytest.raises(ValueError, match="other_positives"):  # before any data is read
         gcl.create_loss(program_args(), other_positives="ignore")
     for changed, named in (
         ({"distill": True}, "--distill-model"),
-        ({"model": "coca_ViT-B-32"}, "coca_ViT-B-32"),
+        ({"model": "coca_ViT-B-32"}, "coca_ViT-B-32, a CoCa, asks for another loss"),
         ({"siglip": True}, "--siglip"),
     ):
         with pytest.raises(ValueError, match=named):
@@ -293,9 +299,141 @@ def test_fusing_in_the_loss_is_for_training():
         torch.testing.assert_close(both["text_features"], model.encode_text(text))
         for inputs in ({"image": image}, {"text": text}):
             torch.testing.assert_close(model(**inputs), other.train()(**inputs), rtol=0, atol=0)
-        model.output_dict = False
-        for ours, theirs in zip(model(image, text), plain.train()(image, text), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cls", [gcl.FusedCLIP, gcl.FusedCustomTextCLIP])
+def test_a_tuple_of_unit_features_is_not_clip_sf(cls):
+    """In training it is refused where the loss has to fuse, else a warning says what is amiss."""
+    image, text = tiny_batch()
+    model = tiny_clip(cls=cls, fuse_in_loss=True).train()
+    with pytest.raises(ValueError, match="output_dict: expected True with fuse_in_loss, got False"):
+        model(image, text)
+    plain = cls._extends(**copy.deepcopy(TINY))
+    plain.load_state_dict(model.state_dict())
+    for inputs in ({"image": image}, {"text": text}):  # no pair, nothing to fuse
+        torch.testing.assert_close(model(**inputs), plain(**inputs), rtol=0, atol=0)
+    model.fuse_in_loss = False
+    with pytest.warns(UserWarning, match=f"{cls.__name__} without output_dict=True .* CLIP-SF"):
+        out = model(image, text)
+    torch.testing.assert_close(out, plain(image, text), rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(image, text)  # open_clip's evaluation and zero-shot code unpack tuples
+        model.output_dict = True
+        model.train()(image, text)
+
+
+@pytest.mark.parametrize("cls", [gcl.FusedCLIP, gcl.FusedCustomTextCLIP])
+def test_fusion_weights_are_in_the_state(cls, tmp_path):
+    """Where they are not (1, 1), whose state is open_clip's, key by key."""
+    trained = tiny_clip(cls=cls, fusion_weights=(1, 0.1))
+    state = trained.state_dict()
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    fresh = tiny_clip(seed=1, cls=cls)
+    fresh.load_state_dict(torch.load(path))
+    assert fresh.fusion_weights == (1.0, 0.1) and len(state) == len(torch.load(path))
+    wrapped, around = torch.nn.Sequential(trained), torch.nn.Sequential(tiny_clip(seed=1, cls=cls))
+    around.load_state_dict(wrapped.state_dict())  # as DistributedDataParallel's module.
+    assert around[0].fusion_weights == (1.0, 0.1)
+    copied = copy.deepcopy(fresh)
+    copied.load_state_dict(state)
+    other = tiny_clip(cls=cls, fusion_weights=(1, 2))
+    with pytest.raises(
+        RuntimeError, match=r"fusion_weights: expected \(1.0, 2.0\), .*\(1.0, 0.1\)"
+    ):
+        other.load_state_dict(state)
+
+    plain = cls._extends(**copy.deepcopy(TINY))
+    with pytest.raises(RuntimeError, match='Unexpected key.*"fusion_weights"'):
+        plain.load_state_dict(state)
+    of_sum = tiny_clip(cls=cls).state_dict()
+    assert list(of_sum) == list(plain.state_dict())
+    other = tiny_clip(cls=cls, fusion_weights=(1, 2))
+    for old in (of_sum, plain.state_dict()):
+        other.load_state_dict(old)
+        assert other.fusion_weights == (1.0, 2.0)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_fusion_weights_in_open_clips_factory(tiny_config, tmp_path, prefix):
+    trained = tiny_clip(seed=7, cls=gcl.FusedCLIP, fusion_weights=(1, 0.5))
+    state = {prefix + name: value for name, value in trained.state_dict().items()}
+    checkpoint, plain_checkpoint = tmp_path / "epoch_1.pt", tmp_path / "plain.pt"
+    torch.save({"epoch": 1, "state_dict": state}, checkpoint)
+    model, *_ = gcl.create_model_and_transforms(tiny_config, str(checkpoint))
+    assert model.fusion_weights == (1.0, 0.5)
+    torch.testing.assert_close(dict(model.named_parameters()), dict(trained.named_parameters()))
+    with pytest.raises(RuntimeError, match="fusion_weights"):
+        open_clip.create_model(tiny_config, str(checkpoint))
+    names = {"checkpoint": checkpoint, "plain_checkpoint": plain_checkpoint}
+    page = code_blocks((ROOT / "docs/open_clip.md").read_text())
+    exec(next(code for code in page if "plain_checkpoint" in code), globals() | names)
+    plain = open_clip.create_model(tiny_config, str(plain_checkpoint))
+    assert type(plain) is open_clip.CLIP and torch.equal(plain.visual.proj, trained.visual.proj)
+
+
+def test_page_loop_of_ones_own(tiny_config, tmp_path):
+    """The page's loop trains with CLIP-SF, and bounds the scale."""
+    code = next(
+        code
+        for code in code_blocks((ROOT / "docs/open_clip.md").read_text())
+        if "for image, text in loader" in code
+    )
+    start = tiny_clip(seed=3)
+    start.logit_scale.data.fill_(5.0)
+    torch.save(start.state_dict(), tmp_path / "start.pt")
+    assert '"ViT-B-32", pretrained="openai"' in code and "lr=1e-5" in code
+    code = code.replace('"ViT-B-32", pretrained="openai"', "name, pretrained=start")
+    names = {
+        "gcl": gcl,
+        "torch": torch,
+        "math": math,
+        "name": tiny_config,
+        "start": str(tmp_path / "start.pt"),
+        "loader": [tiny_batch()],
+    }
+    exec(code, names)
+    image, text = tiny_batch()
+    e_i, e_t = start.encode_image(image).double(), start.encode_text(text).double()
+    scale = start.logit_scale.double().exp()
+    expected = dense_gcl(unit(e_i), unit(e_t), unit(e_i + e_t), scale)
+    torch.testing.assert_close(names["loss"].double(), expected, rtol=1e-5, atol=0)
+    assert names["model"].logit_scale.item() == pytest.approx(math.log(100))
+    expected.backward()
+    for name, p in names["model"].named_parameters():
+        torch.testing.assert_close(
+            p.grad, dict(start.named_parameters())[name].grad, rtol=1e-3, atol=1e-4
+        )
+    # A plain model's default, a tuple.
+    losses = [
+        gcl.GCLLoss()(*start(image, text)),
+        gcl.GCLLoss()(unit(e_i), unit(e_t), scale).float(),
+    ]
+    torch.testing.assert_close(*losses)
+
+
+COCA = TINY | {
+    "custom_text": True,
+    "multimodal_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 1},
+}
+
+
+@pytest.mark.parametrize("name", ["captioner", "coca-named"])
+def test_a_coca_is_known_by_its_config(tiny_config, tmp_path, name):
+    """Whatever it is called: refused with the model, before data, and where the loss is made."""
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(COCA if name == "captioner" else TINY))
+    open_clip.add_model_config(path)
+    if name == "coca-named":  # a CLIP
+        assert type(gcl.create_model_and_transforms(name)[0]) is gcl.FusedCLIP
+        gcl.create_loss(program_args(model=name))
+        return
+    message = "ClipLoss only: .*captioner, a CoCa, asks for another loss"
+    with pytest.raises(ValueError, match=message):
+        gcl.create_model_and_transforms(name)
+    with pytest.raises(ValueError, match=message):
+        gcl.create_loss(program_args(model=name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -23,9 +23,12 @@ Two ways to a fused embedding:
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import os
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,9 @@ except ModuleNotFoundError as error:
     raise ImportError(
         "gcl_kernels.integrations.open_clip needs open_clip: pip install open_clip_torch"
     ) from error
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "FusedCLIP",
@@ -81,14 +87,14 @@ class GCLLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        pair_weights: Any = None,
-        candidates: Any = None,
-        self_similarity: str = "mask",
-        other_positives: str = "compete",
-        fusion_weights: tuple[float, float] = (1.0, 1.0),
+        pair_weights: Sequence[Sequence[float]] | np.ndarray | Tensor | None = None,
+        candidates: Sequence[Sequence[bool]] | np.ndarray | Tensor | None = None,
+        self_similarity: Literal["mask", "keep"] = "mask",
+        other_positives: Literal["compete", "exclude"] = "compete",
+        fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
         compute_dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        exchange: str = "gather",
+        backend: Literal["auto", "reference", "tiled", "cpu", "triton", "cuda"] = "auto",
+        exchange: Literal["gather", "ring"] = "gather",
     ) -> None:
         super().__init__()
         if use_horovod:
@@ -160,6 +166,8 @@ class GCLLoss(nn.Module):
 def create_loss(args: Any, **options: Any) -> GCLLoss:
     """Stands in for `open_clip.create_loss`: assign it to `open_clip_train.main.create_loss`.
 
+    Logs the options, which are not among the arguments that open_clip logs.
+
     Args:
         args: the parsed arguments of open_clip's training program.
         options: keyword arguments of `GCLLoss`, bound with `functools.partial`.
@@ -171,14 +179,12 @@ def create_loss(args: Any, **options: Any) -> GCLLoss:
     """
     for asked, why in (
         (args.distill, "--distill-model"),
-        ("coca" in args.model.lower(), f"--model {args.model}"),
+        (_is_coca(args.model), f"--model {args.model}, a CoCa,"),
         (args.siglip, "--siglip"),
     ):
         if asked:
-            raise ValueError(
-                f"GCLLoss replaces open_clip's ClipLoss only: {why} asks for another loss"
-            )
-    return GCLLoss(
+            raise ValueError(_OTHER_LOSS.format(why))
+    loss = GCLLoss(
         local_loss=args.local_loss,
         gather_with_grad=args.gather_with_grad,
         cache_labels=True,
@@ -187,6 +193,21 @@ def create_loss(args: Any, **options: Any) -> GCLLoss:
         use_horovod=getattr(args, "horovod", False),  # 4.x has no such argument
         **options,
     )
+    if args.rank == 0:  # as open_clip, which logs once
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        logging.info(f"Created gcl_kernels' GCLLoss: {given or 'default options'}")
+    return loss
+
+
+_OTHER_LOSS = "GCLLoss replaces open_clip's ClipLoss only: {} asks for another loss"
+
+
+def _is_coca(name: str) -> bool:
+    """Whether open_clip makes a CoCa of this name: by its config, a name may be anything."""
+    config = open_clip.get_model_config(name)
+    if config is None:  # as open_clip's factory reads ViT-B/32
+        config = open_clip.get_model_config(name.replace("/", "-"))
+    return config is not None and "multimodal_cfg" in config
 
 
 _Self = TypeVar("_Self", bound="_Fused")
@@ -207,7 +228,7 @@ class _Fused(nn.Module):
     def __init__(
         self,
         *args: Any,
-        fusion_weights: tuple[float, float] = (1.0, 1.0),
+        fusion_weights: Sequence[float] = (1.0, 1.0),
         fuse_in_loss: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -219,7 +240,7 @@ class _Fused(nn.Module):
     def from_clip(
         cls: type[_Self],
         model: nn.Module,
-        fusion_weights: tuple[float, float] = (1.0, 1.0),
+        fusion_weights: Sequence[float] = (1.0, 1.0),
         *,
         fuse_in_loss: bool = False,
     ) -> _Self:
@@ -278,9 +299,29 @@ class _Fused(nn.Module):
             normalised. With `fuse_in_loss`, in training mode and from both inputs, the features
             are the raw embeddings, and there are no `fused_features`. Without `output_dict`: the
             open_clip class's tuple and nothing else, since its callers unpack three entries, or
-            four of which the last is `logit_bias` (`encode_fused` serves there).
+            four of which the last is `logit_bias` (`encode_fused` serves there); in training mode
+            with a warning.
+
+        Raises:
+            ValueError: in training mode from both inputs, `fuse_in_loss` without `output_dict`.
         """
-        if image is None or text is None or not self.output_dict:
+        if image is None or text is None:
+            return super().forward(image, text)
+        if not self.output_dict:
+            if self.training:
+                # Of unit features, which are all that open_clip's tuple holds, GCLLoss would make
+                # another fused embedding than this model does.
+                if self.fuse_in_loss:
+                    raise ValueError(
+                        "output_dict: expected True with fuse_in_loss, got False: open_clip's "
+                        "tuple holds unit features, and the loss has to fuse the raw embeddings"
+                    )
+                warnings.warn(
+                    f"{type(self).__name__} without output_dict=True returns open_clip's tuple, "
+                    "which has no fused_features: GCLLoss would add the unit features, which is "
+                    "not CLIP-SF; set model.output_dict = True",
+                    stacklevel=2,
+                )
             return super().forward(image, text)
         image_embeddings = self.encode_image(image)
         text_embeddings = self.encode_text(text)
@@ -299,17 +340,47 @@ class _Fused(nn.Module):
             out["logit_bias"] = self.logit_bias
         return out
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.fusion_weights != _PLAIN_SUM:  # without them the state is open_clip's, key by key
+            weights = torch.tensor(self.fusion_weights, dtype=torch.float64, device="cpu")
+            destination[prefix + "fusion_weights"] = weights
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # `load_state_dict` hands over a copy.
+        saved = state_dict.pop(prefix + "fusion_weights", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if saved is None:
+            return
+        weights = _checked_fusion_weights(saved.tolist())
+        if self.fusion_weights not in (_PLAIN_SUM, weights):
+            *_, error_msgs = args
+            error_msgs.append(
+                f"fusion_weights: expected {self.fusion_weights}, the model's, got {weights}; "
+                "give the model none, and set model.fusion_weights after loading to change them"
+            )
+        self.fusion_weights = weights
+
+
+_PLAIN_SUM = (1.0, 1.0)
+
 
 class FusedCLIP(_Fused, open_clip.CLIP):
     """`open_clip.CLIP` that also returns `fused_features`, the score fusion of CLIP-SF (UniIR).
 
     The raw embeddings are added, `fusion_weights[0] * image + fusion_weights[1] * text`, and the
     sum is normalised. Everything else is `open_clip.CLIP`: constructor arguments, `model(image=x)`
-    and `model(text=y)` alone, and the state dict, so that checkpoints go both ways. `GCLLoss`
+    and `model(text=y)` alone, and the state dict, so that checkpoints go both ways; only
+    `fusion_weights` other than (1, 1) are an entry more, which open_clip's class refuses. `GCLLoss`
     takes the output as it is; open_clip's own losses do not know `fused_features`.
 
     Args:
-        fusion_weights: keyword only, `(alpha, beta)`, two finite numbers, not both zero.
+        fusion_weights: keyword only, `(alpha, beta)`, two finite numbers, not both zero. A model
+            of (1, 1) takes over what a state dict holds; a model of others refuses different ones.
         fuse_in_loss: keyword only. In training mode return the raw embeddings and leave fusing and
             normalising to the loss: the same loss and gradients, by score fusion at 4/9 of its
             work. For `GCLLoss` (open_clip's losses do not normalise), given this model's
@@ -328,31 +399,51 @@ class FusedCustomTextCLIP(_Fused, open_clip.CustomTextCLIP):
 
 
 def create_model_and_transforms(
+    model_name: str,
+    pretrained: str | None = None,
     *args: Any,
-    fusion_weights: tuple[float, float] = (1.0, 1.0),
+    fusion_weights: Sequence[float] = (1.0, 1.0),
     fuse_in_loss: bool = False,
     **kwargs: Any,
 ) -> tuple[nn.Module, Callable[..., Any], Callable[..., Any]]:
     """`open_clip.create_model_and_transforms`, and the model is a `FusedCLIP`.
 
     Assign it to `open_clip_train.main.create_model_and_transforms`, with its options bound by
-    `functools.partial`. Pretrained weights load as in open_clip.
+    `functools.partial`. Pretrained weights load as in open_clip, a `FusedCLIP`'s with its
+    `fusion_weights`.
 
     Args:
         fusion_weights, fuse_in_loss: as in `FusedCLIP`.
-        args, kwargs: those of `open_clip.create_model_and_transforms`.
+        model_name, pretrained, args, kwargs: as in `open_clip.create_model_and_transforms`.
 
     Returns:
         The model (a `FusedCustomTextCLIP` for configs with `custom_text`), the training
         transform and the evaluation transform.
 
     Raises:
-        TypeError: the model is neither a CLIP nor a CustomTextCLIP (CoCa, a TorchScript model).
+        ValueError: the model is a CoCa.
+        TypeError: it is neither a CLIP nor a CustomTextCLIP (a TorchScript model).
     """
-    model, *transforms = open_clip.create_model_and_transforms(*args, **kwargs)
+    weights_only = kwargs.get("weights_only", True)
+    # open_clip would load it strictly into a model that knows no `fusion_weights`.
+    fused_checkpoint = _holds_fusion_weights(pretrained, weights_only)
+    model, *transforms = open_clip.create_model_and_transforms(
+        model_name, None if fused_checkpoint else pretrained, *args, **kwargs
+    )
+    if isinstance(model, open_clip.CoCa):
+        raise ValueError(_OTHER_LOSS.format(f"{model_name}, a CoCa,"))
     fused_class = FusedCustomTextCLIP if isinstance(model, open_clip.CustomTextCLIP) else FusedCLIP
     model = fused_class.from_clip(model, fusion_weights, fuse_in_loss=fuse_in_loss)
+    if fused_checkpoint:
+        open_clip.load_checkpoint(model, pretrained, weights_only=weights_only)
     return model, *transforms
+
+
+def _holds_fusion_weights(pretrained: str | None, weights_only: bool) -> bool:
+    if not pretrained or not os.path.isfile(pretrained) or pretrained.endswith((".npz", ".npy")):
+        return False
+    state = open_clip.factory.load_state_dict(pretrained, weights_only=weights_only)
+    return "fusion_weights" in state
 
 
 def _checked_fusion_weights(fusion_weights: Sequence[float]) -> tuple[float, float]:
