@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
+import os
+import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ pytest.importorskip("datasets")
 
 import transformers
 from accelerate import Accelerator
+from accelerate.state import GradientState
 from datasets import Dataset
 from oracle import dense_loss
 from PIL import Image
@@ -158,15 +163,15 @@ def test_default_is_the_temperature_of_other_losses_there(model):
     assert GCLLoss(model).scale == losses.MultipleNegativesRankingLoss(model).scale
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_of_image_and_text_alone_it_is_the_symmetric_ranking_loss(model, cached):
-    both_ways = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
-    theirs = (
-        losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3, **both_ways)
-        if cached
-        else losses.MultipleNegativesRankingLoss(model, **both_ways)
+def test_of_image_and_text_alone_it_is_the_cached_ranking_loss(model):
+    """The others are on the page."""
+    theirs = losses.CachedMultipleNegativesRankingLoss(
+        model,
+        mini_batch_size=3,
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
     )
-    ours = GCLLoss(model, mini_batch_size=3 if cached else None, **ONLY_ACROSS)
+    ours = GCLLoss(model, mini_batch_size=3, **ONLY_ACROSS)
     features = columns(model)
     assert_same(gradients(ours, features), gradients(theirs, features))
 
@@ -189,6 +194,68 @@ def test_three_columns(tmp_path, mini_batch_size):
     got = gradients(loss, features)
     expected = gradients(Dense(model, 20.0), features)
     assert_same((got[0].double(), got[1]), expected)
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 4])
+def test_a_third_column_that_is_no_pair(model, mini_batch_size):
+    """It would be trained towards: a hard negative, of texts or of images."""
+    image, text = columns(model)
+    for third in (columns(model)[0], columns(model)[1]):
+        loss = GCLLoss(model, mini_batch_size=mini_batch_size)
+        with pytest.raises(ValueError, match=r"hard negative.*columns=\(\"image\", \"text\", "):
+            loss([image, text, third])
+    texts = [model.preprocess(pairs(10, seed)["text"]) for seed in range(3)]
+    with pytest.raises(ValueError, match=r"\['text'\], \['text'\] and \['text'\]"):
+        GCLLoss(model)(texts)
+    model.eval()
+    named = GCLLoss(model, columns=("fused", "text", "image"), mini_batch_size=mini_batch_size)
+    got = gradients(named, texts)
+    expected = gradients(Dense(model, 20.0), texts[::-1])
+    assert_same((got[0].double(), got[1]), expected)
+    for features in (texts, [{"sentence_embedding": torch.randn(4, 8)}] * 3):  # notes no modality
+        with pytest.raises(ValueError, match="columns: expected a third"):
+            GCLLoss(model)(features)
+
+
+def test_a_triplet_data_set_stops_in_their_trainer(model, tmp_path):
+    texts = [pairs(16, seed)["text"] for seed in range(3)]
+    data = Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), texts, strict=True)))
+    with pytest.raises(ValueError, match="columns: expected a third input column"):
+        train(SentenceTransformerTrainer, model, data, tmp_path, 1, loss=GCLLoss(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("score", [0.1 * i for i in range(16)]),
+        ("label", [i % 2 == 0 for i in range(16)]),
+        ("labels", [[i, i] for i in range(16)]),
+    ],
+)
+def test_labels_that_are_no_ids(model, tmp_path, name, values):
+    data = Dataset.from_dict(pairs(16) | {name: values})
+    with pytest.raises(TypeError, match=rf'label column .*"{name}".*: expected one integer'):
+        train(SentenceTransformerTrainer, model, data, tmp_path, 1, loss=GCLLoss(model))
+
+
+def test_labels_that_leave_no_negatives(model):
+    features = columns(model)
+    loss = GCLLoss(model)
+    equal = torch.ones(10, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="label column .* all 10 labels .* no negatives"):
+        loss(copy.deepcopy(features), equal)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(copy.deepcopy(features), equal)  # once
+        GCLLoss(model)(copy.deepcopy(features), torch.arange(10))
+        alone = [{k: v[:1] if torch.is_tensor(v) else v for k, v in f.items()} for f in features]
+        GCLLoss(model)(alone, equal[:1])
+
+
+def test_shows_its_options(model):
+    assert "scale=12.0, mini_batch_size=4, columns=None" in repr(
+        GCLLoss(model, 12.0, mini_batch_size=4)
+    )
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 4])
@@ -326,8 +393,16 @@ def test_errors(model):
         GCLLoss(model, mini_batch_size=0)
     with pytest.raises(ValueError, match="other_positives"):
         GCLLoss(model, other_positives="ignore")
-    with pytest.raises((TypeError, ValueError), match="sample_ids"):
-        GCLLoss(model)(features, torch.rand(10))
+    for names in (
+        ("image", "image"),
+        ("image",),
+        ("image", "text", "negative"),
+        ("image", "fused"),
+    ):
+        with pytest.raises(ValueError, match='columns: expected "image", "text" and'):
+            GCLLoss(model, columns=names)
+    with pytest.raises(ValueError, match="columns: expected 2 names for as many input columns"):
+        GCLLoss(model, columns=("image", "text", "fused"))(features)
     words = Tokenizer(models.WordLevel({"w": 0}, unk_token="w"))
     static = SentenceTransformer(modules=[StaticEmbedding(words, embedding_dim=4)], device="cpu")
     with pytest.raises(ValueError, match="mini_batch_size: expected None with a StaticEmbedding"):
@@ -344,25 +419,207 @@ def test_says_what_is_missing(monkeypatch):
 # The page
 
 
-def run_snippet(heading: str, **given) -> dict:
-    section = PAGE.read_text().split(f"\n## {heading}\n")[1]
-    code = code_blocks(section)[0]
-    namespace = {"torch": torch, "gcl_kernels": gcl_kernels, **given}
+def run_snippet(heading: str, block: int = 0, change=lambda code: code, **given) -> dict:
+    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    code = change(code_blocks(section)[block])
+    namespace = {"torch": torch, "gcl_kernels": gcl_kernels, "math": math, "group": None, **given}
     exec(compile(code, str(PAGE), "exec"), namespace)
     return namespace
 
 
+def trainer_arguments(kind: type, folder, **changed):
+    """Two batches of 8 a step, at SGD's rate of 1, or as changed; the best of what it saved."""
+    given = {
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    if kind is SentenceTransformerTrainingArguments:
+        given["batch_sampler"] = in_order
+    return kind(str(folder), **given | changed)
+
+
+def assert_a_step(before: dict, after: dict, batches: list[dict]) -> None:
+    """SGD at rate 1 takes off the mean of the batches' gradients."""
+    expected = {name: sum(b[name] for b in batches) / len(batches) for name in batches[0]}
+    found = {name: before[name] - after[name].detach() for name in expected}
+    assert_same((torch.tensor(0), found), (torch.tensor(0), expected), rtol=1e-3)
+
+
+def logged(trainer, key: str) -> list[float]:
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def test_page_sentence_transformers(model, tmp_path):
+    """A step of two batches, an evaluation of two, and the best model at the end."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    given, held_out = pairs(16), pairs(16, seed=1)
+    halves = slice(0, 8), slice(8, 16)
+    losses, steps = zip(
+        *(
+            gradients(Dense(model, 20.0), [model.preprocess(c[rows]) for c in given.values()])
+            for rows in halves
+        ),
+        strict=True,
+    )
+    model.zero_grad()
+    got = run_snippet(
+        "sentence-transformers",
+        model=model,
+        pairs=Dataset.from_dict(given),
+        held_out_pairs=Dataset.from_dict(held_out),
+        training_arguments=trainer_arguments(SentenceTransformerTrainingArguments, tmp_path),
+    )["trainer"]
+    after = dict(model.named_parameters())
+    assert_a_step(before, after, steps)
+    with torch.no_grad():
+        model.eval()
+        evaluated = [
+            Dense(model, 20.0)([model.preprocess(c[rows]) for c in held_out.values()], None)
+            for rows in halves
+        ]
+    assert logged(got, "loss") == [pytest.approx(float(sum(losses)) / 2, rel=1e-3)]
+    assert logged(got, "eval_loss") == [pytest.approx(float(sum(evaluated)) / 2, rel=1e-3)]
+    assert got.state.best_metric == logged(got, "eval_loss")[0]
+
+
+def test_page_ranking_losses(model):
+    """The two tables are the two forms of sentence-transformers' loss."""
+    ours = run_snippet("sentence-transformers", 1, model=model, GCLLoss=GCLLoss)
+    both = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+    features = columns(model)
+    for name, options in (("one_way", {}), ("both_ways", both)):
+        theirs = losses.MultipleNegativesRankingLoss(model, **options)
+        assert_same(gradients(ours[name], features), gradients(theirs, features))
+
+
+@pytest.fixture(scope="module")
+def siglip_folder(tmp_path_factory) -> str:
+    """As a new one: at a scale of 1."""
+    folder = str(tmp_path_factory.mktemp("siglip"))
+    torch.manual_seed(0)
+    text = TEXT | {"projection_size": 32}
+    config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
+    siglip = transformers.SiglipModel(config)
+    assert siglip.logit_scale.exp() == 1  # what the page says
+    siglip.save_pretrained(folder)
+    return folder
+
+
+def rows_for_trainer(folder: str, seed: int = 0) -> list[dict]:
+    given = pairs(16, seed)
+    preprocess = transformers.CLIPProcessor.from_pretrained(folder)
+    rows = preprocess(
+        images=given["image"], text=given["text"], return_tensors="pt", padding="max_length"
+    )
+    return [{key: value[i] for key, value in rows.items()} for i in range(16)]
+
+
+def dense_clip(model, rows: list[dict]) -> torch.Tensor:
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    e_i = model.get_image_features(batch["pixel_values"]).pooler_output
+    e_t = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output
+    return dense([e_i, e_t], model.logit_scale.double().exp())
+
+
+@pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
+def test_page_transformers(clip_folder, siglip_folder, tmp_path, kind):
+    """A step of two batches, an evaluation of two, and the best model at the end."""
+    folder = clip_folder if kind == "CLIPModel" else siglip_folder
+    plain = getattr(transformers, kind).from_pretrained(folder).train()
+    data, held_out = rows_for_trainer(clip_folder), rows_for_trainer(clip_folder, seed=1)
+    batch_losses, steps = [], []
+    for rows in (data[:8], data[8:]):
+        plain.zero_grad()
+        batch_losses.append(float((loss := dense_clip(plain, rows)).detach()))
+        loss.backward()
+        steps.append({k: p.grad.clone() for k, p in plain.named_parameters() if p.grad is not None})
+    got = run_snippet(
+        "transformers' `Trainer`",
+        change=lambda code: code.replace("CLIPModel", kind),
+        checkpoint=folder,
+        pairs=data,
+        held_out_pairs=held_out,
+        training_arguments=trainer_arguments(transformers.TrainingArguments, tmp_path),
+    )
+    trainer, model = got["trainer"], got["model"]
+    assert "logit_scale" in steps[0]
+    assert_a_step(dict(plain.named_parameters()), dict(model.named_parameters()), steps)
+    with torch.no_grad():
+        evaluated = [float(dense_clip(model.eval(), rows)) for rows in (held_out[:8], held_out[8:])]
+    assert logged(trainer, "loss") == [pytest.approx(sum(batch_losses) / 2, rel=1e-4)]
+    assert logged(trainer, "eval_loss") == [pytest.approx(sum(evaluated) / 2, rel=1e-4)]
+    saved = getattr(transformers, kind).from_pretrained(trainer.state.best_model_checkpoint)
+    for name, p in saved.named_parameters():  # it loads as what it was
+        torch.testing.assert_close(p, dict(model.named_parameters())[name], rtol=0, atol=0)
+
+
+def test_page_transformers_best_model(clip_folder, tmp_path):
+    """It learns, and the best of four evaluations comes back, not the last."""
+    trainer = run_snippet(
+        "transformers' `Trainer`",
+        checkpoint=clip_folder,
+        pairs=rows_for_trainer(clip_folder),
+        held_out_pairs=rows_for_trainer(clip_folder, seed=1),
+        training_arguments=trainer_arguments(
+            transformers.TrainingArguments,
+            tmp_path,
+            max_steps=12,
+            eval_steps=3,
+            save_steps=3,
+            learning_rate=3e-3,
+            optim="adamw_torch",
+            bf16=True,
+        ),
+    )["trainer"]
+    trained, evaluated = logged(trainer, "loss"), logged(trainer, "eval_loss")
+    assert len(evaluated) == 4 and trained[-1] < 0.8 * trained[0]
+    assert trainer.state.best_metric == min(evaluated)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(evaluated), rel=1e-5)
+
+
+def test_page_transformers_bounds_the_scale(clip_folder, tmp_path):
+    model = transformers.CLIPModel.from_pretrained(clip_folder)
+    model.logit_scale.data.fill_(6.0)
+    model.save_pretrained(tmp_path / "steep")
+    got = run_snippet(
+        "transformers' `Trainer`",
+        checkpoint=str(tmp_path / "steep"),
+        pairs=rows_for_trainer(clip_folder),
+        held_out_pairs=rows_for_trainer(clip_folder),
+        training_arguments=trainer_arguments(
+            transformers.TrainingArguments, tmp_path, learning_rate=0.0
+        ),
+    )
+    assert got["model"].logit_scale.item() == pytest.approx(math.log(100))
+
+
 def towers() -> torch.nn.Module:
-    """Two matrices that embed two vectors."""
+    """Two matrices that embed two vectors, and a scale."""
 
     class Towers(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(0)
             self.image, self.text = torch.nn.Linear(12, 8), torch.nn.Linear(10, 8)
+            self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
         def forward(self, image, text):
-            return self.image(image), self.text(text)
+            return self.image(image), self.text(text), self.logit_scale.exp()
 
     return Towers()
 
@@ -372,63 +629,130 @@ def vectors(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 12, generator=g), torch.randn(n, 10, generator=g)
 
 
-def test_page_sentence_transformers(model, tmp_path):
-    arguments = SentenceTransformerTrainingArguments(
-        str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
-    )
-    data = Dataset.from_dict(pairs(8))
-    got = run_snippet(
-        "sentence-transformers", model=model, pairs=data, training_arguments=arguments
-    )
-    assert got["trainer"].state.global_step == 1
+def dense_towers(model, image, text) -> dict[str, torch.Tensor]:
+    """The gradients of one batch."""
+    model.zero_grad()
+    *e, scale = model(image, text)
+    dense(e, scale.double()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_page_transformers(clip_folder, tmp_path, steps):
-    """One step of SGD at rate 1 takes off the mean of the batches' gradients."""
-    model = transformers.CLIPModel.from_pretrained(clip_folder).train()
-    preprocess = transformers.CLIPProcessor.from_pretrained(clip_folder)
-    given = pairs(16)
-    rows = preprocess(
-        images=given["image"], text=given["text"], return_tensors="pt", padding="max_length"
-    )
-    data = [{key: value[i] for key, value in rows.items()} for i in range(16)]
-    for batch in torch.arange(16).chunk(steps):
-        out = model(**{key: value[batch] for key, value in rows.items()})
-        e = out.image_embeds, out.text_embeds
-        dense(e, model.logit_scale.exp()).div(steps).backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
+def test_page_accelerate(steps):
+    model, batch = towers(), vectors(16)
+    batches = list(zip(*(x.chunk(steps) for x in batch), strict=True))
+    expected = [dense_towers(model, *part) for part in batches]
+    model.zero_grad()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    train(run_snippet("transformers' `Trainer`")["GCLTrainer"], model, data, tmp_path, steps)
-    found = {name: before[name] - p.detach() for name, p in model.named_parameters()}
-    assert_same((torch.tensor(0), found), (torch.tensor(0), expected), rtol=1e-3)
+    GradientState._reset_state()  # of a trainer before, which stopped within its data
+    run_snippet(
+        "accelerate",
+        accelerator=Accelerator(cpu=True, gradient_accumulation_steps=steps),
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        loader=batches,
+    )
+    assert model.logit_scale != before["logit_scale"]
+    assert_a_step(before, dict(model.named_parameters()), expected)
 
 
-def test_page_accelerate():
+def test_page_accelerate_bounds_the_scale():
     model = towers()
-    batch = vectors(16)
-    dense(model(*batch), 1 / 0.07).backward()
-    expected = [p.detach() - p.grad for p in model.parameters()]
+    model.logit_scale.data.fill_(6.0)
+    run_snippet(
+        "accelerate",
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        loader=[vectors(16)],
+    )
+    assert model.logit_scale.item() == pytest.approx(math.log(100))
+
+
+def test_page_gradient_caching():
+    model, (image, text) = towers(), vectors(16)
+    expected = dense_towers(model, image, text)
     model.zero_grad()
+    batches = list(zip(image.split(5), text.split(5), strict=True))
+    run_snippet("GradCache and loops of your own", model=model, batches=batches)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def run_in_two_processes(clip_folder: str, folder: str) -> None:
+    """By torchrun: each snippet on this process's half of the batch; what came of it, in a file."""
+    rank = int(os.environ["RANK"])
+    trained = run_snippet(
+        "transformers' `Trainer`",
+        checkpoint=clip_folder,
+        pairs=rows_for_trainer(clip_folder),
+        held_out_pairs=rows_for_trainer(clip_folder, seed=1),
+        training_arguments=trainer_arguments(
+            transformers.TrainingArguments, folder, gradient_accumulation_steps=1
+        ),
+        group="world",
+    )
+    half = slice(8 * rank, 8 * rank + 8)
+    image, text = (x[half] for x in vectors(16))
+    model = towers()
     run_snippet(
         "accelerate",
         accelerator=Accelerator(cpu=True),
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
-        loader=[batch],
+        loader=[(image, text)],
+        group="world",
     )
-    for parameter, value in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.detach(), value, rtol=1e-4, atol=1e-5)
+    caching = torch.nn.parallel.DistributedDataParallel(towers())
+    run_snippet(
+        "GradCache and loops of your own",
+        model=caching,
+        batches=list(zip(image.split(3), text.split(3), strict=True)),
+        group="world",
+    )
+    found = {
+        "trainer": {k: p.detach() for k, p in trained["model"].named_parameters()},
+        "eval_loss": logged(trained["trainer"], "eval_loss"),
+        "accelerate": {k: p.detach() for k, p in model.named_parameters()},
+        "caching": {k: p.grad for k, p in caching.module.named_parameters()},
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
 
 
-def test_page_gradient_caching():
+def test_page_in_two_processes(clip_folder, tmp_path):
+    """Under torchrun, a batch in two halves trains the snippets' models as the whole does."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, test_trainers\n"
+        "test_trainers.run_in_two_processes(*sys.argv[1:])\n"
+        "os._exit(0)  # before Python takes itself apart under gloo's threads: see test_docs.py\n"
+    )
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), str(script), clip_folder, str(tmp_path)],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     model = towers()
-    image, text = vectors(16)
-    dense(model(image, text), 1 / 0.07).backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    batches = list(zip(image.split(5), text.split(5), strict=True))
-    run_snippet("GradCache and loops of your own", model=model, batches=batches)
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
+    gradient = dense_towers(model, *vectors(16))
+    clip = transformers.CLIPModel.from_pretrained(clip_folder).train()
+    dense_clip(clip, rows_for_trainer(clip_folder)).backward()
+    of_clip = {name: p.grad for name, p in clip.named_parameters()}
+    for of_rank in found:
+        assert_a_step(dict(clip.named_parameters()), of_rank["trainer"], [of_clip])
+        assert_a_step(dict(model.named_parameters()), of_rank["accelerate"], [gradient])
+        for name, expected in gradient.items():
+            torch.testing.assert_close(of_rank["caching"][name], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_rank["trainer"], found[0]["trainer"], rtol=0, atol=0)
+    clip.load_state_dict(found[0]["trainer"])
+    with torch.no_grad():
+        evaluated = float(dense_clip(clip.eval(), rows_for_trainer(clip_folder, seed=1)))
+    assert found[0]["eval_loss"] == [pytest.approx(evaluated, rel=1e-4)]

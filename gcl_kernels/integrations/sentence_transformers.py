@@ -16,8 +16,9 @@ and holds no maths: `gcl_kernels.gcl_loss` is the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,15 @@ except ImportError as error:
         'pip install "sentence-transformers[train]>=6"'
     ) from error
 
+if TYPE_CHECKING:
+    import numpy as np
+
 __all__ = ["GCLLoss"]
+
+Column = Literal["image", "text", "fused"]
+_COLUMNS: tuple[Column, ...] = ("image", "text", "fused")
+_LABEL_COLUMN = 'label column ("label", "labels", "score" or "scores")'
+"""The trainer calls all of them labels: which one it took is not known here."""
 
 
 class GCLLoss(CachedLossMixin, nn.Module):
@@ -45,10 +54,12 @@ class GCLLoss(CachedLossMixin, nn.Module):
     both; column names are free, their order is not. With two the fused embedding is the sum of the
     model's image and text embeddings as the model gives them, weighted by `fusion_weights`, at 4/9
     of the work (CLIP-like models, which embed one modality at a time). With three it is what the
-    model makes of the pair (`{"image": ..., "text": ...}`).
+    model makes of the pair (`{"image": ..., "text": ...}`): a third positive, where
+    sentence-transformers' own losses have a hard negative, which this loss has not.
 
     Labels: none, or integers (a `label` column) that serve as `sample_ids`. Samples of one label
     are neither positives nor negatives of each other: duplicates, several captions of one image.
+    Where the first batch's are all equal, a warning; looking waits for the device, once.
 
     Args:
         model: a `SentenceTransformer`.
@@ -57,6 +68,9 @@ class GCLLoss(CachedLossMixin, nn.Module):
         mini_batch_size: None, or the rows to embed at a time with gradient caching (GradCache, as
             sentence-transformers' `Cached...` losses do): every input is embedded twice, and memory
             for activations is that of so many rows whatever the batch.
+        columns: what the columns are, in their order: "image", "text" and, of three, "fused".
+            Default: that order, and of three columns the third must show that it is a pair, by
+            holding the modalities of both others.
         gather_across_devices: with several processes, all their embeddings are candidates (`group`
             in `gcl_kernels.gcl_loss`). With one it changes nothing.
         pair_weights, candidates, self_similarity, other_positives, fusion_weights, compute_dtype,
@@ -73,18 +87,26 @@ class GCLLoss(CachedLossMixin, nn.Module):
         scale: float = 20.0,
         *,
         mini_batch_size: int | None = None,
+        columns: Sequence[Column] | None = None,
         gather_across_devices: bool = False,
-        pair_weights: Any = None,
-        candidates: Any = None,
-        self_similarity: str = "mask",
-        other_positives: str = "compete",
-        fusion_weights: tuple[float, float] = (1.0, 1.0),
+        pair_weights: Sequence[Sequence[float]] | np.ndarray | Tensor | None = None,
+        candidates: Sequence[Sequence[bool]] | np.ndarray | Tensor | None = None,
+        self_similarity: Literal["mask", "keep"] = "mask",
+        other_positives: Literal["compete", "exclude"] = "compete",
+        fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
         compute_dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        exchange: str = "gather",
+        backend: Literal["auto", "reference", "tiled", "cpu", "triton", "cuda"] = "auto",
+        exchange: Literal["gather", "ring"] = "gather",
     ) -> None:
         super().__init__()
         check_positive("scale", scale)
+        if columns is not None:
+            columns = tuple(columns)
+            if sorted(columns) not in (sorted(_COLUMNS[:2]), sorted(_COLUMNS)):
+                raise ValueError(
+                    'columns: expected "image", "text" and, of three columns, "fused", each once, '
+                    f"in the dataset's order, got {columns}"
+                )
         self.uses_gradient_cache = mini_batch_size is not None
         if mini_batch_size is not None:
             if not isinstance(mini_batch_size, int) or mini_batch_size < 1:
@@ -100,8 +122,10 @@ class GCLLoss(CachedLossMixin, nn.Module):
             self.mini_batch_size = mini_batch_size
         self.model = model
         self.scale = scale
+        self.columns = columns
+        self._labels_seen = False
         self.gather_across_devices = gather_across_devices
-        self.options = {
+        self.options: dict[str, Any] = {
             "pair_weights": pair_weights,
             "candidates": candidates,
             "self_similarity": self_similarity,
@@ -123,19 +147,64 @@ class GCLLoss(CachedLossMixin, nn.Module):
             labels: (N,) integers or None, see the class.
 
         Raises:
-            ValueError: another number of columns.
+            ValueError: another number of columns; three columns of which the third does not show
+                that it is a pair, without `columns`.
+            TypeError: labels that are no integers.
         """
-        columns = list(sentence_features)
-        if len(columns) not in (2, 3):
-            raise ValueError(
-                "GCLLoss: expected 2 input columns (image, text) or 3 (image, text, pair), "
-                f"got {len(columns)}"
-            )
+        columns = self._in_order(list(sentence_features))
+        self._check_labels(labels)
         if self.uses_gradient_cache:
             return self.forward_cached(columns, labels)
         return self.calculate_loss(
             [[self.model(column)["sentence_embedding"]] for column in columns], labels
         )
+
+    def _in_order(self, features: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The columns as image, text and, of three, fused."""
+        if self.columns is not None:
+            if len(features) != len(self.columns):
+                raise ValueError(
+                    f"columns: expected {len(features)} names for as many input columns, "
+                    f"got {self.columns}"
+                )
+            given = dict(zip(self.columns, features, strict=True))
+            return [given[name] for name in _COLUMNS if name in given]
+        if len(features) not in (2, 3):
+            raise ValueError(
+                "GCLLoss: expected 2 input columns (image, text) or 3 (image, text, pair), "
+                f"got {len(features)}"
+            )
+        if len(features) == 3:
+            image, text, pair = (_modalities(column) for column in features)
+            if not (image and text and pair == image | text and image != pair != text):
+                raise ValueError(
+                    "columns: expected a third input column of image-text pairs, which holds the "
+                    f"modalities of both others, got {sorted(image)}, {sorted(text)} and "
+                    f"{sorted(pair)}. GCLLoss trains a third column as a positive, the fused view, "
+                    "where sentence-transformers' losses take a hard negative, which GCLLoss has "
+                    "not: remove such a column. If it is the fused view, say so: GCLLoss(model, "
+                    'columns=("image", "text", "fused"))'
+                )
+        return features
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        if labels is None:
+            return
+        if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
+            raise TypeError(
+                f"{_LABEL_COLUMN}: expected one integer a sample, equal for samples that are no "
+                f"negatives of each other, or no such column, got shape {list(labels.shape)} of "
+                f"{labels.dtype}; remove or rename the column"
+            )
+        if not self._labels_seen:
+            self._labels_seen = True
+            if len(labels) > 1 and (labels == labels[0]).all():
+                warnings.warn(
+                    f"{_LABEL_COLUMN}: all {len(labels)} labels of the first batch are equal, and "
+                    "samples of one label are no negatives of each other: the loss has no "
+                    "negatives. Remove the column, or shuffle the data",
+                    stacklevel=3,
+                )
 
     def calculate_loss(
         self,
@@ -160,9 +229,21 @@ class GCLLoss(CachedLossMixin, nn.Module):
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
+        return {**self._own_options(), **self.options}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._own_options().items())
+
+    def _own_options(self) -> dict[str, Any]:
         return {
             "scale": self.scale,
             "mini_batch_size": self.mini_batch_size if self.uses_gradient_cache else None,
+            "columns": self.columns,
             "gather_across_devices": self.gather_across_devices,
-            **self.options,
         }
+
+
+def _modalities(features: dict[str, Any]) -> set[str]:
+    """By what sentence-transformers' modules note: empty where they note none (token lists)."""
+    modality = features.get("modality", ())
+    return {modality} if isinstance(modality, str) else set(modality)
