@@ -28,13 +28,14 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gcl_kernels
+from gcl_kernels.spec import BackendName, ExchangeName, OtherPositives, SelfSimilarity, Table
 
 try:
     import open_clip
@@ -44,9 +45,6 @@ except ModuleNotFoundError as error:
     raise ImportError(
         "gcl_kernels.integrations.open_clip needs open_clip: pip install open_clip_torch"
     ) from error
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = [
     "FusedCLIP",
@@ -87,14 +85,14 @@ class GCLLoss(nn.Module):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        pair_weights: Sequence[Sequence[float]] | np.ndarray | Tensor | None = None,
-        candidates: Sequence[Sequence[bool]] | np.ndarray | Tensor | None = None,
-        self_similarity: Literal["mask", "keep"] = "mask",
-        other_positives: Literal["compete", "exclude"] = "compete",
+        pair_weights: Table | None = None,
+        candidates: Table | None = None,
+        self_similarity: SelfSimilarity = "mask",
+        other_positives: OtherPositives = "compete",
         fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
         compute_dtype: torch.dtype | None = None,
-        backend: Literal["auto", "reference", "tiled", "cpu", "triton", "cuda"] = "auto",
-        exchange: Literal["gather", "ring"] = "gather",
+        backend: BackendName = "auto",
+        exchange: ExchangeName = "gather",
     ) -> None:
         super().__init__()
         if use_horovod:

@@ -18,13 +18,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import gcl_kernels
-from gcl_kernels.spec import check_positive
+from gcl_kernels.spec import (
+    BackendName,
+    ExchangeName,
+    OtherPositives,
+    SelfSimilarity,
+    Table,
+    check_positive,
+)
 
 try:
     from sentence_transformers.base.losses import CachedLossMixin, has_static_embedding_input
@@ -35,9 +42,6 @@ except ImportError as error:
         "gcl_kernels.integrations.sentence_transformers needs sentence-transformers 6 or later: "
         'pip install "sentence-transformers[train]>=6"'
     ) from error
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["GCLLoss"]
 
@@ -89,17 +93,16 @@ class GCLLoss(CachedLossMixin, nn.Module):
         mini_batch_size: int | None = None,
         columns: Sequence[Column] | None = None,
         gather_across_devices: bool = False,
-        pair_weights: Sequence[Sequence[float]] | np.ndarray | Tensor | None = None,
-        candidates: Sequence[Sequence[bool]] | np.ndarray | Tensor | None = None,
-        self_similarity: Literal["mask", "keep"] = "mask",
-        other_positives: Literal["compete", "exclude"] = "compete",
+        pair_weights: Table | None = None,
+        candidates: Table | None = None,
+        self_similarity: SelfSimilarity = "mask",
+        other_positives: OtherPositives = "compete",
         fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
         compute_dtype: torch.dtype | None = None,
-        backend: Literal["auto", "reference", "tiled", "cpu", "triton", "cuda"] = "auto",
-        exchange: Literal["gather", "ring"] = "gather",
+        backend: BackendName = "auto",
+        exchange: ExchangeName = "gather",
     ) -> None:
         super().__init__()
-        check_positive("scale", scale)
         if columns is not None:
             columns = tuple(columns)
             if sorted(columns) not in (sorted(_COLUMNS[:2]), sorted(_COLUMNS)):
@@ -121,7 +124,7 @@ class GCLLoss(CachedLossMixin, nn.Module):
                 )
             self.mini_batch_size = mini_batch_size
         self.model = model
-        self.scale = scale
+        self.scale = check_positive("scale", scale)
         self.columns = columns
         self._labels_seen = False
         self.gather_across_devices = gather_across_devices
