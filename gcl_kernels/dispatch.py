@@ -32,6 +32,8 @@ class Backend:
         why_unavailable: None where it can run on a device of this machine, else the reason.
         why_not: None where it serves tensors of this device and compute dtype, else the reason,
             which may be that it is not available.
+        fuses_scores: it has block functions of score fusion. Without them the fused embeddings are
+            formed, as a third view like any other.
         keeps_tiles: the first tiles stay in memory between the passes, see ``problem``.
         halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
             plan then cuts these blocks finer.
@@ -45,6 +47,7 @@ class Backend:
     module: ModuleType
     why_unavailable: Callable[[], str | None]
     why_not: Callable[[torch.device, torch.dtype], str | None]
+    fuses_scores: bool = True
     keeps_tiles: bool = False
     halves_diagonal: bool = False
     product: Callable[[Tensor, Tensor, Tensor], Tensor] = problem.product
@@ -60,24 +63,28 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(reference, reference.why_unavailable, reference.why_not),
-    "tiled": Backend(tiled, tiled.why_unavailable, tiled.why_not, True, True),
+    "reference": Backend(
+        reference, reference.why_unavailable, reference.why_not, fuses_scores=False
+    ),
+    "tiled": Backend(
+        tiled, tiled.why_unavailable, tiled.why_not, keeps_tiles=True, halves_diagonal=True
+    ),
     "cpu": Backend(
         cpu,
         cpu.why_unavailable,
         cpu.why_not,
-        True,
-        cpu.HALVES_DIAGONAL,
-        cpu.product,
-        cpu.add_product,
-        cpu.statistics,
-        cpu.matrix_gradient,
-        cpu.fused_statistics,
-        cpu.fused_matrix_gradient,
-        cpu.embed,
-        cpu.embed_backward,
-        cpu.embed_fused,
-        cpu.fused_gradients,
+        keeps_tiles=True,
+        halves_diagonal=cpu.HALVES_DIAGONAL,
+        product=cpu.product,
+        add_product=cpu.add_product,
+        statistics=cpu.statistics,
+        matrix_gradient=cpu.matrix_gradient,
+        fused_statistics=cpu.fused_statistics,
+        fused_matrix_gradient=cpu.fused_matrix_gradient,
+        embed=cpu.embed,
+        embed_backward=cpu.embed_backward,
+        embed_fused=cpu.embed_fused,
+        fused_gradients=cpu.fused_gradients,
     ),
     "triton": Backend(
         triton,
@@ -88,15 +95,7 @@ BACKENDS: dict[str, Backend] = {
         embed_fused=triton.embed_fused,
         fused_gradients=triton.fused_gradients,
     ),
-    "cuda": Backend(
-        cuda,
-        cuda.why_unavailable,
-        cuda.why_not,
-        embed=cuda.embed,
-        embed_backward=cuda.embed_backward,
-        embed_fused=cuda.embed_fused,
-        fused_gradients=cuda.fused_gradients,
-    ),
+    "cuda": Backend(cuda, cuda.why_unavailable, cuda.why_not, fuses_scores=False),
 }
 
 _PREFERENCE = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}

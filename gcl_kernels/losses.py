@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcl_kernels.dispatch import check_backend
+from gcl_kernels.dispatch import BACKENDS, check_backend
 from gcl_kernels.distributed import check_group
 from gcl_kernels.embeddings import ABSENT
 from gcl_kernels.negatives import Arguments, negatives, prepare
@@ -166,19 +166,6 @@ def multiview_contrastive_loss(
     return _loss(views, spec, given)
 
 
-def _fuse(
-    e_i: Tensor, e_t: Tensor, weights: Sequence[float | Tensor], spec: NegativesSpec
-) -> Tensor:
-    """``alpha e_i + beta e_t`` as score fusion has it: in the accumulation dtype, and a zero vector
-    where it is normalised and too short."""
-    alpha, beta = weights
-    fused = alpha * e_i.to(spec.accum_dtype) + beta * e_t.to(spec.accum_dtype)
-    if not spec.normalize:
-        return fused
-    too_short = torch.linalg.vector_norm(fused.detach(), dim=-1, keepdim=True) <= NORM_EPS
-    return fused.masked_fill(too_short, 0)
-
-
 def _mixing(weights: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     """What image, text and fused embeddings are made of: [3, 2]."""
     learned = any(isinstance(weight, Tensor) for weight in weights)
@@ -192,6 +179,21 @@ def _mixing(weights: Sequence[float | Tensor], dtype: torch.dtype, device: torch
         for weight in weights
     )
     return torch.stack([one, zero, zero, one, alpha, beta]).view(3, 2)
+
+
+def _with_fused(
+    bases: Sequence[Tensor], mixing: Tensor, spec: NegativesSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Image, text and fused embeddings, as score fusion has them: the sum in the accumulation
+    dtype, and a zero vector where it is normalised and too short."""
+    # The bases too: autograd then rounds the gradients of both their roads once, added.
+    e_i, e_t = (recordable(base.to(spec.accum_dtype)) for base in bases)
+    alpha, beta = mixing[2]
+    fused = alpha * e_i + beta * e_t
+    if spec.normalize:
+        too_short = torch.linalg.vector_norm(fused.detach(), dim=-1, keepdim=True) <= NORM_EPS
+        fused = fused.masked_fill(too_short, 0)
+    return e_i, e_t, fused
 
 
 def _checked_fusion_weights(
@@ -237,17 +239,12 @@ def _gcl(
     check_views((e_i, e_t), ("e_i", "e_t"))
     fusion_weights = _checked_fusion_weights(fusion_weights, e_i.device)
     scale, negatives_spec = prepare((e_i, e_t), spec.candidates, given)
-    sample_ids = given.sample_ids
-    if negatives_spec.backend == "reference":
-        views = (e_i, e_t, _fuse(e_i, e_t, fusion_weights, negatives_spec))
-        return _reduce(*negatives(views, scale, sample_ids, spec.own_pairs, negatives_spec), spec)
     mixing = _mixing(fusion_weights, negatives_spec.accum_dtype, e_i.device)
-    return _reduce(
-        *fused_negatives(
-            e_i, e_t, mixing, (0, 1, None), scale, sample_ids, spec.own_pairs, negatives_spec
-        ),
-        spec,
-    )
+    rest = (scale, given.sample_ids, spec.own_pairs, negatives_spec)
+    if BACKENDS[negatives_spec.backend].fuses_scores:
+        return _reduce(*fused_negatives(e_i, e_t, mixing, (0, 1, None), *rest), spec)
+    views = _with_fused((e_i, e_t), mixing, negatives_spec)
+    return _reduce(*negatives(views, *rest), spec)
 
 
 def gcl_loss(
@@ -280,8 +277,9 @@ def gcl_loss(
             may differ.
         e_it: fused embeddings [N, D]. Default: ``alpha * e_i + beta * e_t`` of the embeddings as
             given, with ``(alpha, beta) = fusion_weights``; from raw embeddings this is UniIR's
-            CLIP-SF. These fused vectors are never formed, which takes 4/9 of the work that giving
-            them takes (``docs/maths.md``). ``fusion_weights`` is not used where ``e_it`` is given.
+            CLIP-SF. These fused vectors are never formed (but by the backends ``cuda`` and
+            ``reference``), which takes 4/9 of the work that giving them takes (``docs/maths.md``).
+            ``fusion_weights`` is not used where ``e_it`` is given.
         logit_scale, temperature: at most one; ``logit_scale = 1 / temperature``. A number > 0 or a
             tensor of shape [] or [1] on the embeddings' device, with gradient if it requires one.
             Default: temperature 0.07.

@@ -122,6 +122,20 @@ def test_fusion_weights_made_in_inference_mode(backend, device):
     assert e_i.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_embeddings_beside_learned_fusion_weights(backend, device, dtype):
+    """Made in inference mode, they are factors of a gradient."""
+    shown = [v.to(dtype) for v in random_views(12, 6, device)[:2]]
+    with torch.inference_mode():
+        made = [view.clone() for view in shown]
+    results = []
+    for views in (shown, made):
+        weights = [torch.tensor(w, device=device, requires_grad=True) for w in (0.7, 1.3)]
+        loss = gcl_kernels.gcl_loss(*views, fusion_weights=weights, backend=backend)
+        results.append([loss, *torch.autograd.grad(loss, weights)])
+    assert all(map(torch.equal, *results))
+
+
 def _tangent(function, a):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(a, torch.ones_like(a)))).tangent

@@ -25,13 +25,8 @@ from block_checks import (
     CUDA,
     EMULATED,
     FEW,
-    FUSED_CASES,
-    TWO_VIEWS,
     Case,
     check_block_functions,
-    check_fused_block_functions,
-    fused_problem,
-    fused_results,
     make_problem,
     results,
     run_stats,
@@ -45,7 +40,7 @@ from gcl_kernels.backends import cuda as backend
 from gcl_kernels.backends import triton
 from gcl_kernels.backends.triton import tiles
 from gcl_kernels.blocks import Block, plan_blocks
-from gcl_kernels.problem import Workspace
+from gcl_kernels.problem import RowStats, Workspace
 
 DEVICE = CUDA.device
 
@@ -77,9 +72,7 @@ def test_on_the_emulated_gpu():
     except subprocess.CalledProcessError as error:
         pytest.fail(error.stdout[-6000:])
     here = Path(__file__).parent
-    others = (
-        "test_kernels.py", "test_contract.py", "test_score_fusion.py", "test_embeddings.py"
-    )  # fmt: skip
+    others = ("test_kernels.py", "test_contract.py", "test_score_fusion.py")
     files = [__file__, *(str(here / name) for name in others)]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["-p", "cuda_host.use_emulated_gpu", *files, "-k", SELECTED]
@@ -218,7 +211,6 @@ def tf32() -> Iterator[None]:
 @pytest.mark.parametrize("name", sorted(FEW))
 def test_tf32(name, tf32):
     check_block_functions(CUDA, CASES[name], torch.float32)
-    check_fused_block_functions(CUDA, FUSED_CASES[name], torch.float32)
 
 
 @runs
@@ -255,64 +247,46 @@ def test_weights_leave_everything_around_them_alone(pitch, monkeypatch):
 
 @runs
 def test_more_than_2_to_the_31_elements():
-    """From one base's embeddings to the other's."""
     dim, last = 64, slice((1 << 25) + 16, (1 << 25) + 32)
     try:
         # Pages that nobody touches cost nothing.
-        z = torch.empty(2, last.stop, dim, dtype=torch.float16, device=DEVICE)
+        z = torch.empty(last.stop, dim, dtype=torch.float16, device=DEVICE)
     except RuntimeError:
-        pytest.skip("needs 8.6 GB of address space")
-    generator = torch.Generator().manual_seed(0)
-    z[:, last] = torch.randn(2, 16, dim, generator=generator).half().to(DEVICE)
-    small = fused_problem(CUDA, Case(16, dim, 1 / dim, unit_rows=False), torch.float16)
-    small = replace(small, z_rows=z[:, last].contiguous(), z_cols=z[:, last].contiguous())
-    coefficients = torch.zeros(3, 2, 1, device=DEVICE).expand(3, 2, last.stop)
-    large = replace(small, z_rows=z, z_cols=z, coefficients_rows=coefficients)
-    wide, narrow = (
-        backend._Call(problem, Block(*span, *span, True, True, True, (0,)))
-        for problem, span in ((large, (last.start, last.stop)), (small, (0, 16)))
-    )
-    tables = [torch.zeros(2, 1, 3 * 16, device=DEVICE) for _ in range(2)]
-    for call, table in zip((wide, narrow), tables, strict=True):
-        call.over_tiles(
-            backend._cuda.fused_block_stats,
-            views=backend._views(small, Block(0, 16, 0, 16, True, True, True, (0,))),
-            row_table=table.data_ptr(),
-            col_table=table.data_ptr(),
-        )
+        pytest.skip("needs 4.3 GB of address space")
+    small = make_problem(CUDA, Case(16, dim, 20.0, candidates=((True,),)), torch.float16)
+    z[last] = small.z_rows
+    large, tables = replace(small, z_rows=z, z_cols=z), []
+    for problem, span in ((large, (last.start, last.stop)), (small, (0, 16))):
+        block = Block(*span, *span, True, True, True, (0,))
+        tables.append(backend._tables(problem, block)[0].zero_())
+        at = tables[-1].data_ptr()
+        call = backend._Call(problem, block)
+        call.over_tiles(backend._cuda.block_stats, row_table=at, col_table=at)
     assert tables[0].any() and torch.equal(*tables)
 
 
 @runs
 @pytest.mark.parametrize("slots", [1, 8, 61])
-@pytest.mark.parametrize("of_statistics", [True, False])
-def test_fold_of_many_slots(slots, of_statistics):
+def test_fold_of_many_slots(slots):
     """Into the middle of longer lines; rows and columns in one launch, and one side without any."""
-    length, groups, total = 45, 3, 60
+    length, total = 145, 160
     where = slice(10, 10 + length)
     generator = torch.Generator().manual_seed(slots)
-    values = (2,) if of_statistics else ()
-    table = torch.randn(*values, slots, groups * length, generator=generator) * 30
-    m, sums = torch.randn(2, groups, total, generator=generator).mul(20).to(DEVICE)
-    if of_statistics:
-        table[1].abs_()
-        sums.abs_()
-    table = table.to(DEVICE)
-    parts = table.view(*values, slots, groups, length).double()
-    expected = sums.double()
-    if of_statistics:
-        all_m = torch.cat([m[None, :, where].double(), parts[0]])
-        all_sums = torch.cat([expected[None, :, where], parts[1]])
-        top = all_m.amax(0)
-        folded = (all_sums * (all_m - top).exp()).sum(0)
-    else:
-        folded = expected[:, where] + parts.sum(0)
-    expected[:, where] = folded
-    before = m.clone()
+    table = torch.randn(2, slots, length, generator=generator).mul(30).to(DEVICE)
+    m, sums = torch.randn(2, total, generator=generator).mul(20).to(DEVICE)
+    table[1].abs_()
+    sums.abs_()
+    expected, before = sums.double(), m.clone()
+    all_m = torch.cat([m[None, where], table[0]]).double()
+    top = all_m.amax(0)
+    all_sums = torch.cat([expected[None, where], table[1].double()])
+    expected[where] = (all_sums * (all_m - top).exp()).sum(0)
+    before[where] = top.float()
     problem = make_problem(CUDA, CASES["a dimension of one"], torch.float32)
     call = backend._Call(problem, Block(0, 1, 0, 1, True, True, True, (0,)))
-    arguments = (table, length, m if of_statistics else None, sums, where)
-    none, all_of_it = backend._fold(*arguments, False), backend._fold(*arguments, True)
+    none, all_of_it = (
+        backend._fold(table, RowStats(m, sums), where, served) for served in (False, True)
+    )
     rows_first = slots == 8
     call.start(
         backend._cuda.fold,
@@ -320,23 +294,13 @@ def test_fold_of_many_slots(slots, of_statistics):
         cols=none if rows_first else all_of_it,
     )
     torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
-    if of_statistics:
-        before[:, where] = top.float()
     assert torch.equal(m, before)
-
-
-@runs
-def test_too_many_views():
-    with pytest.raises(RuntimeError, match="fuses at most 7 views, got 8"):
-        backend.fused_block_rows(torch.empty(2, 3, 8), 8)
 
 
 SCHEDULED = {
     "several blocks": Case(43, 72, 60.0, block_rows=80),
     "several tiles, running maximum": Case(70, 72, 60.0),
     "several tiles, bounded": Case(70, 72, 20.0),
-    # Of few views the staged tile lies where others' sums do.
-    "two views": Case(70, 72, 60.0, candidates=TWO_VIEWS, bases=(0, 1)),
 }
 
 
@@ -346,16 +310,13 @@ SCHEDULED = {
 def test_results_do_not_depend_on_the_schedule(case, dtype):
     """A missing barrier, or a wait for too few copies, does."""
     library = ctypes.CDLL(str(emulated_build.MODULE))
-
-    def both() -> tuple[Tensor, ...]:
-        return results(CUDA, case, dtype) + fused_results(CUDA, case, dtype)
-
-    expected = both()
+    expected = results(CUDA, case, dtype)
     try:
         for order in range(3):
             for copies_are_late in (0, 1):
                 library.emulated_gpu_schedule(order, 1 + copies_are_late, copies_are_late)
-                assert all(map(torch.equal, expected, both())), (order, copies_are_late)
+                got = results(CUDA, case, dtype)
+                assert all(map(torch.equal, expected, got)), (order, copies_are_late)
     finally:
         library.emulated_gpu_schedule(0, 0, 1)
 
@@ -394,15 +355,25 @@ def test_arguments_of_the_binding_are_keywords():
 
 
 @runs
-def test_compiles_into_one_graph():
-    views = list(torch.randn(3, 20, 8, device=DEVICE))
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiles_into_one_graph(fused):
+    views = torch.randn(3, 20, 8, device=DEVICE).unbind()
+    leaves = [value.requires_grad_() for value in (*views, torch.tensor(0.7, device=DEVICE))]
 
-    def loss(e_i, e_t, e_it):
-        return gcl_kernels.gcl_loss(e_i, e_t, e_it, 20.0, backend="cuda")
+    def step(run):
+        loss = run(*leaves)
+        needed = leaves if not fused else [*leaves[:2], leaves[3]]
+        return [loss, *torch.autograd.grad(loss, needed, materialize_grads=True)]
+
+    def loss(e_i, e_t, e_it, alpha):
+        e_it = None if fused else e_it
+        weights = (alpha, 1.3)
+        return gcl_kernels.gcl_loss(e_i, e_t, e_it, 20.0, fusion_weights=weights, backend="cuda")
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(*views), loss(*views))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager_decomp_partition")
+    for a, b in zip(step(compiled), step(loss), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 # --- On a GPU only -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import re
@@ -45,6 +46,7 @@ EXCHANGES = ["gather", "ring"]
 UPSTREAM = [1.0, -2.0, 0.5, 3.0, 1.5]
 """Every process multiplies its loss by one of these before it goes backward."""
 FUSION_WEIGHTS = (1.3, 0.7)
+OF_THE_SUM = ("fused", "sum formed")
 SHARED = ("scale", "fusion_weights")
 """Gradients of which every process has a share."""
 
@@ -97,16 +99,24 @@ def step(
     s = torch.tensor(scale, dtype=accum, requires_grad=True)
     weights = [torch.tensor(w, dtype=accum, requires_grad=True) for w in FUSION_WEIGHTS]
     with pytest.MonkeyPatch.context() as patch:
+        if road == "sum formed":
+            of_backend = dataclasses.replace(BACKENDS[options["backend"]], fuses_scores=False)
+            patch.setitem(BACKENDS, options["backend"], of_backend)
         if small_blocks:
             for backend, blocks in ((tiled, {"default": 16}), (cpu, 16)):
                 patch.setattr(backend, "BLOCK_ROWS", blocks)
                 patch.setattr(backend, "FUSED_BLOCK_ROWS", blocks)
             patch.setattr(problem, "KEPT_ELEMENTS", 0)
+
+        def of_the_sum() -> Tensor:
+            return gcl_kernels.gcl_loss(
+                *views[:2], None, s, fusion_weights=weights, group=group, **options
+            )
+
         loss = {
             "three views": lambda: gcl_kernels.gcl_loss(*views, s, group=group, **options),
-            "fused": lambda: gcl_kernels.gcl_loss(
-                *views[:2], None, s, fusion_weights=weights, group=group, **options
-            ),
+            "fused": of_the_sum,
+            "sum formed": of_the_sum,
             "two views": lambda: gcl_kernels.clip_loss(*views[:2], s, group=group, **options),
         }[road]()
         (loss * UPSTREAM[dist.get_rank()]).sum().backward()
@@ -122,7 +132,7 @@ def gradients(
         "scale": scale.grad,
         **{f"views[{v}]": e.grad for v, e in enumerate(used)},
     }
-    if road == "fused":
+    if road in OF_THE_SUM:
         found["fusion_weights"] = torch.stack([weight.grad for weight in weights])
     return found
 
@@ -151,7 +161,7 @@ def exact_step(
     inputs = views[:2]
     if road == "three views":
         inputs = views
-    elif road == "fused":
+    elif road in OF_THE_SUM:
         inputs = [*inputs, weights[0] * views[0] + weights[1] * views[1]]
     else:
         options["candidates"] = [[False, True], [True, False]]
@@ -216,7 +226,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 OF_TWO_VIEWS = {name: OPTIONS[name] for name in ("default", "ids of all processes", "sum")}
-ROADS = {"three views": OPTIONS, "fused": OPTIONS, "two views": OF_TWO_VIEWS}
+ROADS = {
+    "three views": OPTIONS,
+    "fused": OPTIONS,
+    "sum formed": {name: OPTIONS[name] for name in ("default", "none")},
+    "two views": OF_TWO_VIEWS,
+}
+"""``sum formed``: score fusion of a backend without block functions for it."""
 
 
 def test_every_pair_of_samples_meets_once():

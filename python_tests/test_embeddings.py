@@ -6,14 +6,11 @@ Triton's kernels run in Triton's interpreter where there is no GPU: ``test_in_th
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from block_checks import EMULATED
-from cuda_host import emulated_build
 from interpreter import checked_memory, run_file, starts, watches_memory
 from tolerance import assert_accurate
 from torch import Tensor
@@ -53,8 +50,8 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def row(backend: str, device: torch.device, request: pytest.FixtureRequest) -> Any:
-    if backend == "reference":
-        pytest.skip("it is dense")
+    if BACKENDS[backend].embed is embeddings.embed and backend != "tiled":
+        pytest.skip("it has PyTorch's functions, or none: tiled's tests are theirs")
     if "dtypes" in request.fixturenames and backend != "tiled":  # which has PyTorch's functions
         compute_dtype = DTYPES[request.getfixturevalue("dtypes")][1]
         reason = BACKENDS[backend].why_not(device, compute_dtype)
@@ -367,24 +364,3 @@ def test_memory_of_triton(dtypes, layout):
 
     for first, second in zip(results(False), results(True), strict=True):
         assert torch.equal(first, second) and not first.isnan().any()
-
-
-@pytest.mark.skipif(not EMULATED, reason="asks the emulated GPU")
-@pytest.mark.parametrize("layout", ["contiguous", "slices"])
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
-def test_schedules_of_cuda(dtypes, layout, monkeypatch):
-    """Results do not depend on which thread runs first. Launches are the backend's own."""
-    for name in ("embed", "embed_backward", "embed_fused", "fused_gradients"):
-        monkeypatch.setattr(embeddings, name, None)
-    library = ctypes.CDLL(str(emulated_build.MODULE))
-
-    def results(order: int) -> list[Tensor]:
-        library.emulated_gpu_schedule(order, order, 1)
-        return run_all(BACKENDS["cuda"], dtypes, layout, torch.device("cpu"))
-
-    try:
-        expected = results(0)
-        for order in (1, 2):
-            assert all(map(torch.equal, expected, results(order))), order
-    finally:
-        library.emulated_gpu_schedule(0, 0, 1)

@@ -88,13 +88,16 @@ OPTIONS = {
 
 @pytest.mark.parametrize("scale", ["number", "tensor"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("fused", [False, True])
-def test_losses(operations, fused, options, scale):
+@pytest.mark.parametrize("fused", ["given", "in tiles", "formed"])
+def test_losses(operations, fused, options, scale, request):
+    if fused == "formed":
+        request.getfixturevalue("forms_the_sum")
+
     def step() -> None:
         e_i, e_t, e_it = embeddings(3)
         s = 20.0 if scale == "number" else torch.empty((), device=CUDA)
         given = {**options, "backend": "tiled"}
-        gcl_kernels.gcl_loss(e_i, e_t, None if fused else e_it, s, **given)
+        gcl_kernels.gcl_loss(e_i, e_t, e_it if fused == "given" else None, s, **given)
 
     operations(step)
 
@@ -104,7 +107,18 @@ def test_losses_of_two_views(operations, loss):
     operations(lambda: loss(*embeddings(2), 20.0, backend="tiled"))
 
 
-def test_learnable_fusion_weights(operations):
+@pytest.fixture
+def forms_the_sum(operations, monkeypatch) -> None:
+    """``tiled`` in place of a backend without block functions of score fusion."""
+    row = dataclasses.replace(BACKENDS["tiled"], fuses_scores=False)
+    monkeypatch.setitem(BACKENDS, "tiled", row)
+
+
+@pytest.mark.parametrize("fused", ["in tiles", "formed"])
+def test_learnable_fusion_weights(operations, fused, request):
+    if fused == "formed":
+        request.getfixturevalue("forms_the_sum")
+
     def step() -> None:
         weights = [torch.empty((), device=CUDA) for _ in range(2)]
         gcl_kernels.gcl_loss(*embeddings(2), fusion_weights=weights, backend="tiled")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from oracle import dense_loss, dense_neg_lse
@@ -275,8 +277,13 @@ def test_subset_of_inputs(backend, device, tiling, needs):
         return [leaf.grad for leaf in leaves]
 
     for one, every in zip(grads(needs), grads((1,) * 4), strict=True):
-        if one is not None:
+        if one is None:
+            continue
+        if BACKENDS[backend].fuses_scores:
             torch.testing.assert_close(one, every, rtol=1e-6, atol=1e-9)
+        else:  # the general road's blocks of frozen views are others, and so is the order of sums
+            size = every.abs().max().item()
+            torch.testing.assert_close(one, every, rtol=2e-5, atol=1e-6 * size)
 
 
 def test_same_bits_every_time(backend, device, tiling):
@@ -368,8 +375,13 @@ def test_any_combinations(float64_backend, device, tiling):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_half_inputs_as_on_a_gpu(emulated_half_products, tiling, dtype, normalize):
+@pytest.mark.parametrize("fuses_scores", [True, False])
+def test_half_inputs_as_on_a_gpu(
+    emulated_half_products, tiling, monkeypatch, dtype, normalize, fuses_scores
+):
     """What test_dtypes asks of a GPU, where there is none."""
+    row = dataclasses.replace(BACKENDS["tiled"], fuses_scores=fuses_scores)
+    monkeypatch.setitem(BACKENDS, "tiled", row)
     views = random_views(21, 24, torch.device("cpu"))[:2]
     scale = 20.0 if normalize else 0.2
     check(views, scale, backend="tiled", dtypes=(dtype,) * 2, normalize=normalize)

@@ -1,9 +1,7 @@
 // Which tile a program computes, and where its entries lie: integer arithmetic only.
 //
 // A block of the similarity matrix is cut into TILE x TILE tiles; a diagonal block computes those
-// on and above its diagonal. Of a fused block (two base embeddings of every sample) a tile holds
-// the four products of FUSED_TILE x FUSED_TILE samples, interleaved so that one thread has all four
-// of a pair of samples: the lines of a warp are those of base 0, then those of base 1.
+// on and above its diagonal.
 //
 // A tile's entries belong to threads as mma.sync's sums do. Warps form a grid of WARP_ROWS x
 // WARP_COLS; a lane holds the rows lane / 4 + 8 i of its warp's 64, and of its 32 columns the pairs
@@ -17,7 +15,6 @@
 namespace gcl {
 
 constexpr int TILE = 128;
-constexpr int FUSED_TILE = TILE / 2;
 constexpr int LANES = 32;
 constexpr int WARP_ROWS = 2;
 constexpr int WARP_COLS = 4;
@@ -26,6 +23,8 @@ constexpr int ROWS_OF_WARP = TILE / WARP_ROWS;
 constexpr int COLS_OF_WARP = TILE / WARP_COLS;
 constexpr int ROWS_OF_THREAD = 8;
 constexpr int COLS_OF_THREAD = 8;
+constexpr int LANES_OF_ROW = COLS_OF_WARP / COLS_OF_THREAD;
+constexpr int LANES_OF_COL = ROWS_OF_WARP / ROWS_OF_THREAD;
 
 HOST_DEVICE inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -96,22 +95,7 @@ struct Place {
   HOST_DEVICE int warp_column(int j) const { return 8 * (j / 2) + 2 * (lane % 4) + j % 2; }
   HOST_DEVICE int row(int i) const { return warp_row * ROWS_OF_WARP + warp_line(i); }
   HOST_DEVICE int col(int j) const { return warp_col * COLS_OF_WARP + warp_column(j); }
-  // Of a fused tile, where i and j count the thread's samples.
-  HOST_DEVICE int sample_row(int i) const { return warp_row * ROWS_OF_WARP / 2 + warp_line(i); }
-  HOST_DEVICE int sample_col(int j) const { return warp_col * COLS_OF_WARP / 2 + warp_column(j); }
 };
-
-// Which embedding is line `line` of a tile's operand.
-struct Line {
-  int base, sample;
-};
-
-template <bool FUSED>
-HOST_DEVICE inline Line line_of(int line, int lines_of_warp) {
-  if (!FUSED) return {0, line};
-  const int half = lines_of_warp / 2;
-  return {line / half % 2, line / lines_of_warp * half + line % half};
-}
 
 // Operands wait in shared memory as lines of LINE_BYTES, in pieces of 16 bytes. The order of a
 // line's pieces changes with its number, so that the same piece of 8 consecutive lines, or all

@@ -13,9 +13,8 @@ enum class Product { float32, tf32, bfloat16, float16 };
 
 // The rows or the columns of a block. Pointers are those of its first row or column.
 struct Side {
-  const void* z;         // embeddings, `dim` elements each
-  int64_t base_stride;   // fused: elements from base 0's embedding of a sample to base 1's
-  const int64_t* ids;    // null: the default ids
+  const void* z;       // embeddings, `dim` elements each
+  const int64_t* ids;  // null: the default ids
   int length;
 };
 
@@ -31,36 +30,18 @@ struct Block {
   }
 };
 
-// lse and g of a block's rows or columns. Fused: [V, N] at its first sample.
+// lse and g of a block's rows or columns.
 struct Lines {
   const float* lse;
   const float* grad;
 };
 
-// Where weights go: rows `pitch` elements apart, the four matrices of a fused block `plane` apart.
-struct Output {
-  void* at;
-  int64_t pitch, plane;
-};
-
-// The views of a fused block, as combinations of its bases. Pointers are those of the first sample.
-struct Views {
-  int count;
-  uint64_t candidates;  // bit v * count + w: candidates[v][w]
-  const float* row_coefficients;  // [V, 2, N]
-  const float* col_coefficients;
-  int64_t row_samples, col_samples;  // N
-
-  HOST_DEVICE bool meets(int v, int w) const { return candidates >> (v * count + w) & 1; }
-};
-
-// Tables of one slot per tile: float32 [values, slots, lines]. A fold adds the slots of a line, in
-// their order, to what `lines` of `groups` (views, bases) hold at `stride` from each other.
+// A table of one slot per tile, float32 [2, slots, length]: its maxima, then its sums. A fold adds
+// the slots of each line, in their order, to the line's running maximum and sum.
 struct Fold {
   const float* table;
-  int slots, length, groups;
-  int64_t stride;
-  float* max;  // null: sums only
+  int slots, length;
+  float* max;
   float* sum;
 };
 
@@ -69,16 +50,9 @@ using Stream = void*;
 
 // Each starts one kernel and returns 0 or an error for error_text().
 int block_stats(Product, const Block&, float* row_table, float* col_table, Stream);
-int block_weights(Product, const Block&, Lines rows, Lines cols, Output out, Stream);
-int fused_block_stats(Product, const Block&, const Views&, float* row_table, float* col_table,
-                      Stream);
-int fused_block_weights(Product, const Block&, const Views&, Lines rows, Lines cols, Output out,
-                        float* row_table, float* col_table, Stream);
+// Of weights, rows go to `out`, `pitch` elements apart.
+int block_weights(Product, const Block&, Lines rows, Lines cols, void* out, int64_t pitch, Stream);
 int fold(const Fold& rows, const Fold& cols, Stream);
-
-// Shared memory that a launch may ask for; chips since sm_80 have 99 KiB and more.
-constexpr int MOST_SHARED_BYTES = 96 * 1024;
-constexpr int MAX_VIEWS = 7;  // so many fit the shared memory of every chip, and 49 bits
 
 // The machine: what CUDA's runtime says. Each returns 0 or an error for error_text().
 int device_count(int* count);

@@ -1,9 +1,9 @@
-// Folds the slots of the tables into running values, always in the same order:
+// Folds the slots of the tables into running statistics, always in the same order:
 //
 //     M' = max(M, max_t m_t)        L' = L exp(M - M') + sum_t l_t exp(m_t - M')
 //
-// or, where there is no maximum, S' = S + sum_t s_t. A program folds FOLD_LINES lines (a cache line
-// of each slot); its threads share the slots of a line.
+// A program folds FOLD_LINES lines (a cache line of each slot); its threads share the slots of a
+// line.
 #include "cuda/epilogue.cuh"
 
 namespace gcl {
@@ -32,35 +32,22 @@ KERNEL(THREADS, 1) fold_kernel(const Arguments a) {
   const Fold fold = of_rows ? a.rows : a.cols;
   const int program = of_rows ? program_index() : program_index() - a.row_programs;
   const int in_program = thread_index() % FOLD_LINES, part = thread_index() / FOLD_LINES;
-  const int64_t lines = int64_t(fold.length) * fold.groups;
-  const int64_t line = int64_t(program) * FOLD_LINES + in_program;
-  const bool has_max = fold.max != nullptr;
+  const int64_t lines = fold.length, line = int64_t(program) * FOLD_LINES + in_program;
   Statistics folded = {FINITE_MIN, 0};
   if (line < lines)
-    for (int slot = part; slot < fold.slots; slot += FOLD_PARTS) {
-      const float* value = fold.table + slot * lines + line;
-      if (has_max)
-        folded.add(value[0], value[fold.slots * lines]);
-      else
-        folded.sum += value[0];
-    }
+    for (int slot = part; slot < fold.slots; slot += FOLD_PARTS)
+      folded.add(fold.table[slot * lines + line], fold.table[(fold.slots + slot) * lines + line]);
   auto& parts = *reinterpret_cast<Statistics(*)[FOLD_PARTS][FOLD_LINES]>(shared_memory());
   parts[part][in_program] = folded;
   sync_threads();
   if (part > 0 || line >= lines) return;
-  const int64_t to = line / fold.length * fold.stride + line % fold.length;
-  Statistics running = {has_max ? fold.max[to] : FINITE_MIN, fold.sum[to]};
-  for (const auto& of_part : parts) {
-    if (has_max)
-      running.add(of_part[in_program].max, of_part[in_program].sum);
-    else
-      running.sum += of_part[in_program].sum;
-  }
-  if (has_max) fold.max[to] = running.max;
-  fold.sum[to] = running.sum;
+  Statistics running = {fold.max[line], fold.sum[line]};
+  for (const auto& of_part : parts) running.add(of_part[in_program].max, of_part[in_program].sum);
+  fold.max[line] = running.max;
+  fold.sum[line] = running.sum;
 }
 
-int programs_of(const Fold& fold) { return ceil_div(fold.length * fold.groups, FOLD_LINES); }
+int programs_of(const Fold& fold) { return ceil_div(fold.length, FOLD_LINES); }
 
 }  // namespace
 

@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "common/host_device.h"
-#include "cuda/block.h"
 
 namespace gcl::machine {
 
@@ -81,14 +80,6 @@ DEVICE uint32_t pack_float16(float low, float high) {
   return pair;
 }
 
-DEVICE float widen_bfloat16(uint16_t value) { return __uint_as_float(uint32_t(value) << 16); }
-
-DEVICE float widen_float16(uint16_t value) {
-  float result;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
-  return result;
-}
-
 // e^x; below 2^-126 zero.
 DEVICE float exponential(float x) {
   float result;
@@ -100,17 +91,10 @@ DEVICE float exponential(float x) {
 template <class Arguments>
 int launch(void (*kernel)(Arguments), int64_t programs, int threads, int shared_bytes,
            void* stream, Arguments arguments) {
-  constexpr int WITHOUT_ASKING = 48 * 1024;
-  const auto* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t error = cudaSuccess;
-  // Always as much: a captured graph may hold a launch that takes more than this one does.
-  if (shared_bytes > WITHOUT_ASKING)
-    error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 MOST_SHARED_BYTES);
   void* pointers[] = {&arguments};
-  if (error == cudaSuccess)
-    error = cudaLaunchKernel(function, dim3(static_cast<unsigned>(programs)), dim3(threads),
-                             pointers, shared_bytes, static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernel(
+      reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(programs)), dim3(threads),
+      pointers, shared_bytes, static_cast<cudaStream_t>(stream));
   cudaGetLastError();
   return error;
 }

@@ -21,6 +21,7 @@ constexpr int STAGES = 3;
 constexpr int OPERAND_BYTES = TILE * LINE_BYTES;
 constexpr int STAGE_BYTES = 2 * OPERAND_BYTES;
 constexpr int PRODUCT_BYTES = STAGES * STAGE_BYTES;
+static_assert(PRODUCT_BYTES <= 48 * 1024);
 
 using Sums = float[ROWS_OF_THREAD][COLS_OF_THREAD];
 
@@ -81,7 +82,6 @@ struct BFloat16 : OnTensorCores<BFloat16> {
   static DEVICE Pair<Storage> round(float low, float high) {
     return halves(pack_bfloat16(low, high));
   }
-  static DEVICE float widen(Storage value) { return widen_bfloat16(value); }
 };
 
 struct Float16 : OnTensorCores<Float16> {
@@ -94,7 +94,6 @@ struct Float16 : OnTensorCores<Float16> {
   static DEVICE Pair<Storage> round(float low, float high) {
     return halves(pack_float16(low, high));
   }
-  static DEVICE float widen(Storage value) { return widen_float16(value); }
 };
 
 struct TensorFloat32 : OnTensorCores<TensorFloat32> {
@@ -138,11 +137,10 @@ struct Float32 {
   }
 
   static DEVICE Pair<Storage> round(float low, float high) { return {{low, high}}; }
-  static DEVICE float widen(Storage value) { return value; }
 };
 
 // One thread's share of copying slices: a piece of so many lines of either operand.
-template <class STORAGE, bool FUSED>
+template <class STORAGE>
 struct Copier {
   static constexpr int STEP = THREADS / PIECES, LINES = TILE / STEP;
   const unsigned char* rows[LINES];  // the thread's piece of the next slice
@@ -158,20 +156,16 @@ struct Copier {
     to = piece_offset(line, piece);
 #pragma unroll
     for (int n = 0; n < LINES; ++n) {
-      const int at = line + n * STEP;
-      rows[n] = start_of(block.rows, block.dim, first_row, line_of<FUSED>(at, ROWS_OF_WARP));
-      cols[n] = start_of(block.cols, block.dim, first_col, line_of<FUSED>(at, COLS_OF_WARP));
-      rows[n] += piece * PIECE_BYTES;
-      cols[n] += piece * PIECE_BYTES;
+      rows[n] = start_of(block.rows, block.dim, first_row + line + n * STEP) + piece * PIECE_BYTES;
+      cols[n] = start_of(block.cols, block.dim, first_col + line + n * STEP) + piece * PIECE_BYTES;
     }
   }
 
-  static DEVICE const unsigned char* start_of(const Side& side, int dim, int first, Line line) {
+  static DEVICE const unsigned char* start_of(const Side& side, int dim, int line) {
     // Padding repeats the last row and is masked: copies need no predicate for rows.
-    const int last = side.length - 1, wanted = first + line.sample;
-    const int64_t sample = wanted < last ? wanted : last;
-    const auto* z = static_cast<const STORAGE*>(side.z) + line.base * side.base_stride;
-    return reinterpret_cast<const unsigned char*>(z + sample * dim);
+    const int64_t inside = line < side.length ? line : side.length - 1;
+    return reinterpret_cast<const unsigned char*>(static_cast<const STORAGE*>(side.z) +
+                                                  inside * dim);
   }
 
   DEVICE void copy_slice(unsigned char* stage) {
@@ -210,14 +204,14 @@ struct Copier {
   }
 };
 
-// The sums of the tile with this corner, counted in samples from the block's. When it returns, all
-// threads are done with shared memory.
-template <class ELEMENT, bool FUSED>
+// The sums of the tile with this corner, counted from the block's. When it returns, all threads are
+// done with shared memory.
+template <class ELEMENT>
 DEVICE void multiply_tile(Sums& sums, const Block& block, bool aligned, int first_row,
                           int first_col, const Place& at) {
   using Storage = typename ELEMENT::Storage;
   unsigned char* const shared = shared_memory();
-  Copier<Storage, FUSED> copier(block, aligned, first_row, first_col);
+  Copier<Storage> copier(block, aligned, first_row, first_col);
 #pragma unroll
   for (auto& row : sums)
 #pragma unroll
@@ -256,10 +250,9 @@ int with_element(Product product, FUNCTION function) {
 template <class ELEMENT>
 bool operands_aligned(const Block& block) {
   constexpr std::size_t SIZE = sizeof(typename ELEMENT::Storage);
-  std::size_t starts = block.dim * SIZE;
-  for (const Side& side : {block.rows, block.cols})
-    starts |= reinterpret_cast<uintptr_t>(side.z) | side.base_stride * SIZE;
-  return starts % PIECE_BYTES == 0;
+  const auto rows = reinterpret_cast<uintptr_t>(block.rows.z);
+  const auto cols = reinterpret_cast<uintptr_t>(block.cols.z);
+  return (rows | cols | block.dim * SIZE) % PIECE_BYTES == 0;
 }
 
 }  // namespace gcl

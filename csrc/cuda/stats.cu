@@ -19,6 +19,30 @@ struct Arguments {
   float* col_table;
 };
 
+// Over the lanes of a warp that share a row, or a column.
+struct AlongRow {
+  static constexpr int FIRST = 1, END = LANES_OF_ROW;
+};
+struct AlongCol {
+  static constexpr int FIRST = LANES_OF_ROW, END = LANES;
+};
+
+template <class LANES_ALONG>
+DEVICE float sum_along(float value) {
+#pragma unroll
+  for (int mask = LANES_ALONG::FIRST; mask < LANES_ALONG::END; mask *= 2)
+    value += shuffle_xor(value, mask);
+  return value;
+}
+
+template <class LANES_ALONG>
+DEVICE float max_along(float value) {
+#pragma unroll
+  for (int mask = LANES_ALONG::FIRST; mask < LANES_ALONG::END; mask *= 2)
+    value = fmaxf(value, shuffle_xor(value, mask));
+  return value;
+}
+
 // (m, l) of the tile's lines, as far as one warp has seen them.
 struct WarpStatistics {
   float row_max[WARP_COLS][TILE], row_sum[WARP_COLS][TILE];
@@ -39,7 +63,7 @@ DEVICE void reduce_rows(const Sums& x, float s, bool bounded, WarpStatistics& ou
 #pragma unroll
     for (float value : x[i]) sum += bounded ? value : exponential(value - m);
     sum = sum_along<AlongRow>(sum);
-    if (at.lane % 4 == 0) {
+    if (at.lane % LANES_OF_ROW == 0) {
       out.row_max[at.warp_col][at.row(i)] = m;
       out.row_sum[at.warp_col][at.row(i)] = sum;
     }
@@ -60,11 +84,24 @@ DEVICE void reduce_cols(const Sums& x, float s, bool bounded, WarpStatistics& ou
 #pragma unroll
     for (const auto& row : x) sum += bounded ? row[j] : exponential(row[j] - m);
     sum = sum_along<AlongCol>(sum);
-    if (at.lane < 4) {
+    if (at.lane < LANES_OF_ROW) {
       out.col_max[at.warp_row][at.col(j)] = m;
       out.col_sum[at.warp_row][at.col(j)] = sum;
     }
   }
+}
+
+// (m, l) of a line of the tile from those of its warps, to a table [2, slots, length].
+template <int WARPS>
+DEVICE void write_statistics(const float (&maxima)[WARPS][TILE], const float (&sums)[WARPS][TILE],
+                             int line_of_tile, float* table, int slot, int slots, int64_t length,
+                             int64_t line) {
+  float m = FINITE_MIN, l = 0;
+  for (const auto& of_warp : maxima) m = fmaxf(m, of_warp[line_of_tile]);
+  for (int w = 0; w < WARPS; ++w)
+    l += sums[w][line_of_tile] * exponential(maxima[w][line_of_tile] - m);
+  table[slot * length + line] = m;
+  table[(slots + slot) * length + line] = l;
 }
 
 template <class ELEMENT>
@@ -74,7 +111,7 @@ KERNEL(THREADS, 2) stats_kernel(const Arguments a) {
   const TilePlace tile = tile_of(program_index(), a.row_tiles, a.col_tiles, block.diagonal);
   const int first_row = tile.row * TILE, first_col = tile.col * TILE;
   Sums x;
-  multiply_tile<ELEMENT, false>(x, block, a.aligned, first_row, first_col, at);
+  multiply_tile<ELEMENT>(x, block, a.aligned, first_row, first_col, at);
   const float s = *block.scale;
   scale_and_mask(x, s, block.sample_ids(), first_row, first_col, at);
   const bool bounded = is_bounded(s, block.unit_rows);
@@ -92,12 +129,12 @@ KERNEL(THREADS, 2) stats_kernel(const Arguments a) {
   const int line = thread_index() % TILE;
   if (thread_index() < TILE) {
     if (block.serves_rows && first_row + line < block.rows.length)
-      write_statistics(&of_warps.row_max[0][line], &of_warps.row_sum[0][line], WARP_COLS, TILE,
-                       a.row_table, tile.col, a.col_tiles, block.rows.length, first_row + line);
+      write_statistics(of_warps.row_max, of_warps.row_sum, line, a.row_table, tile.col, a.col_tiles,
+                       block.rows.length, first_row + line);
   } else if (block.serves_cols && !(block.diagonal && tile.row == tile.col)) {
     if (first_col + line < block.cols.length)
-      write_statistics(&of_warps.col_max[0][line], &of_warps.col_sum[0][line], WARP_ROWS, TILE,
-                       a.col_table, tile.row, a.row_tiles, block.cols.length, first_col + line);
+      write_statistics(of_warps.col_max, of_warps.col_sum, line, a.col_table, tile.row, a.row_tiles,
+                       block.cols.length, first_col + line);
   }
 }
 

@@ -350,9 +350,6 @@ float exponential(float x) {
   return result < 0x1p-126f ? 0.0f : result;
 }
 
-float widen_bfloat16(uint16_t value) { return from_bfloat16(value); }
-float widen_float16(uint16_t value) { return from_float16(value); }
-
 void multiply_bfloat16(float& c0, float& c1, float& c2, float& c3, const Fragment& a, uint32_t b0,
                        uint32_t b1) {
   multiply<2>(c0, c1, c2, c3, a, b0, b1, [](uint32_t word, int part) {

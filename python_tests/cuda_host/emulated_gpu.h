@@ -40,8 +40,6 @@ void multiply_tf32(float& c0, float& c1, float& c2, float& c3, const Fragment& a
 uint32_t round_tf32(uint32_t value);
 uint32_t pack_bfloat16(float low, float high);
 uint32_t pack_float16(float low, float high);
-float widen_bfloat16(uint16_t value);
-float widen_float16(uint16_t value);
 float exponential(float x);
 
 int run_programs(const std::function<void()>& kernel, int64_t programs, int threads,

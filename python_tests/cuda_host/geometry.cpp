@@ -38,7 +38,7 @@ static void tiles_are_visited_once() {
 
 // Every entry of a tile has one thread, and every lane of a row or column is where sums expect it.
 static void entries_have_one_owner() {
-  std::vector<int> owner(TILE * TILE, -1), fused_owner(FUSED_TILE * FUSED_TILE, -1);
+  std::vector<int> owner(TILE * TILE, -1);
   for (int thread = 0; thread < THREADS; ++thread) {
     const Place at(thread);
     CHECK(at.warp() == thread / LANES && at.lane == thread % LANES);
@@ -47,30 +47,14 @@ static void entries_have_one_owner() {
         int& own = owner[at.row(i) * TILE + at.col(j)];
         CHECK(own == -1);
         own = thread;
-        // Which products of which samples these are, by the lines that were loaded.
-        const Line row = line_of<true>(at.row(i), ROWS_OF_WARP);
-        const Line col = line_of<true>(at.col(j), COLS_OF_WARP);
-        CHECK(row.base == i / (ROWS_OF_THREAD / 2) && col.base == j / (COLS_OF_THREAD / 2));
-        CHECK(row.sample == at.sample_row(i % (ROWS_OF_THREAD / 2)));
-        CHECK(col.sample == at.sample_col(j % (COLS_OF_THREAD / 2)));
-        CHECK(at.row(i) == Place(thread ^ 3).row(i) && at.col(j) == Place(thread ^ 28).col(j));
-        if (row.base == 0 && col.base == 0) {
-          int& fused = fused_owner[row.sample * FUSED_TILE + col.sample];
-          CHECK(fused == -1);
-          fused = thread;
+        for (int lane = 1; lane < LANES; ++lane) {
+          const Place other(thread ^ lane);
+          CHECK((at.row(i) == other.row(i)) == (lane < LANES_OF_ROW));
+          CHECK((at.col(j) == other.col(j)) == (lane % LANES_OF_ROW == 0));
         }
       }
   }
   for (const int thread : owner) CHECK(thread >= 0);
-  for (const int thread : fused_owner) CHECK(thread >= 0);
-  std::set<std::pair<int, int>> lines;
-  for (int line = 0; line < TILE; ++line) {
-    CHECK(line_of<false>(line, COLS_OF_WARP).sample == line);
-    const Line fused = line_of<true>(line, COLS_OF_WARP);
-    CHECK(fused.sample < FUSED_TILE);
-    lines.emplace(fused.base, fused.sample);
-  }
-  CHECK(lines.size() == TILE);
 }
 
 // Pieces fill a stage without overlap, and 8 lines' equal pieces lie in different banks.
