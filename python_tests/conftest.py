@@ -19,7 +19,8 @@ from gcl_kernels.dispatch import BACKENDS
 __all__ = ["mended_interpreter"]  # a fixture of every test
 
 LONGEST = (
-    "triton_compile", "cuda_build", "compile", "cuda_host", "open_clip", "distributed", "demo"
+    "triton_compile", "cuda_build", "trainers", "compile", "cuda_host", "open_clip", "distributed",
+    "autograd", "demo",
 )  # fmt: skip
 
 

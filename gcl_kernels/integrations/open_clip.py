@@ -314,12 +314,13 @@ class _Fused(nn.Module):
                         "output_dict: expected True with fuse_in_loss, got False: open_clip's "
                         "tuple holds unit features, and the loss has to fuse the raw embeddings"
                     )
-                warnings.warn(
-                    f"{type(self).__name__} without output_dict=True returns open_clip's tuple, "
-                    "which has no fused_features: GCLLoss would add the unit features, which is "
-                    "not CLIP-SF; set model.output_dict = True",
-                    stacklevel=2,
-                )
+                if not torch.compiler.is_compiling():  # a warning would break the graph
+                    warnings.warn(
+                        f"{type(self).__name__} without output_dict=True returns open_clip's "
+                        "tuple, which has no fused_features: GCLLoss would add the unit features, "
+                        "which is not CLIP-SF; set model.output_dict = True",
+                        stacklevel=2,
+                    )
             return super().forward(image, text)
         image_embeddings = self.encode_image(image)
         text_embeddings = self.encode_text(text)
