@@ -31,6 +31,7 @@ bench: $(VENV)/.test
 		--benchmark-columns=median --benchmark-sort=name --benchmark-json=$(VENV)/bench.json
 	$(BIN)/python -m benchmarks.table $(VENV)/bench.json $(ARGS)
 
+# Minutes, without a GPU: writes benchmarks/results/kernels.md, or with ARGS="--chips sm_90" prints.
 kernels-report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.kernels_report $(ARGS)
 

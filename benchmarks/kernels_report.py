@@ -2,9 +2,12 @@
 
     python -m benchmarks.kernels_report [--chips sm_90 gfx942] [--jobs 2]
 
+writes ``benchmarks/results/kernels.md``, which ``docs/kernels.md`` quotes; of some chips alone it
+prints the same. Ends with an error where a kernel spills registers.
+
 Triton compiles for a named chip; for NVIDIA, ``cuobjdump`` and ``nvdisasm``, which it ships, read
 the result, for AMD the assembly text says the same. ``python_tests/test_triton_compile.py`` asserts
-on most of the same numbers. Ends with an error where a kernel spills registers.
+on most of the same numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from typing import Any
 
 import torch
 
-from gcl_kernels.backends.triton.tiles import CHIPS, FUSED_TILES, TILES, Tile
+from benchmarks.record import RESULTS, last_change
+from gcl_kernels.backends.triton.tiles import CHIPS, FUSED_TILES, KIB, TILES, Tile
 
 TILE_KERNELS = ("stats", "weights", "fused_stats", "fused_weights")
 FOLDS = ("fold", "inner")
@@ -32,6 +36,9 @@ GCL_VIEWS = {"BASES": (0, 1, None), "CANDIDATES": ((True,) * 3,) * 3}
 
 PAIRS = ((0, 1), (0, 2), (1, 2))
 """The own-sample similarities that ``gcl_loss`` asks for."""
+
+RECORD = RESULTS / "kernels.md"
+KERNELS = "../gcl_kernels/backends/triton"
 
 TRITON_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -85,9 +92,24 @@ class Resources:
     instructions: int
 
 
+def programs(variant: Variant, used: Resources) -> int:
+    """How many programs over tiles run on a multiprocessor at a time: what fits its registers and
+    its shared memory. (They are too large for other limits to count.)"""
+    chip, warps = CHIPS[variant.chip], variant.tile.warps
+    registers = -(-used.registers // 8) * 8
+    if variant.chip.startswith("gfx"):
+        # Four SIMDs, each with 512 registers a lane and at most 8 wavefronts.
+        by_registers = 4 * min(8, 512 // registers) // warps
+        return min(by_registers, chip.shared_bytes // used.shared_bytes)
+    # The driver keeps 1 KiB beside each program's own.
+    by_shared = (chip.shared_bytes + KIB) // (used.shared_bytes + KIB)
+    return min(65536 // (registers * chip.lanes * warps), by_shared)
+
+
 def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
     """Every kernel with every row of the table and every kind of product it serves; of the fused
-    kernels, which take longest to compile, float32 only where it has a row of its own."""
+    kernels, which take longest to compile, float32 only where it has a row of its own. Blocks off
+    the diagonal, and given ids, with the large tile in bfloat16."""
     for chip in chips:
         for name, row in TILES:
             if name != chip:
@@ -99,6 +121,7 @@ def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
                     yield Variant(kernel, chip, row, dtype)
                     if row == "large" and dtype == torch.bfloat16:
                         yield Variant(kernel, chip, row, dtype, diagonal=False)
+                        yield Variant(kernel, chip, row, dtype, ids=True)
         for kernel in FOLDS:
             yield Variant(kernel, chip, "large", torch.float32)
         for kernel in SAMPLE_KERNELS:
@@ -293,35 +316,65 @@ def inspect_all(chosen: list[Variant], jobs: int) -> list[Resources]:
 
 
 def table(chosen: list[Variant], results: list[Resources]) -> Iterator[str]:
-    """The report, as lines of Markdown."""
+    """A row for each variant, as lines of Markdown."""
     columns = (
-        "chip", "kernel", "tile", "products", "block", "registers", "spilled bytes",
-        "shared KiB", "matrix", "fma", "ex2", "barriers", "instructions",
+        "chip", "kernel", "tile", "warps", "products", "block", "registers", "spilled bytes",
+        "shared KiB", "programs", "matrix", "fma", "ex2", "barriers", "instructions",
     )  # fmt: skip
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for variant, r in zip(chosen, results, strict=True):
-        size = variant.tile.size
-        block = "diagonal" if variant.diagonal else "off diagonal"
-        if variant.kernel not in TILE_KERNELS:
-            block = "any"
-        tile = "-" if block == "any" else f"{size} x {size}"
+        tile, warps, block, fit = "-", "-", "any", "-"
+        if variant.kernel in TILE_KERNELS:
+            tile = f"{variant.tile.size} x {variant.tile.size}"
+            warps = str(variant.tile.warps)
+            block = "diagonal" if variant.diagonal else "off diagonal"
+            block += ", ids" if variant.ids else ""
+            fit = str(programs(variant, r))
         row = (
-            variant.chip, variant.kernel, tile, variant.products, block, r.registers,
-            r.spill_bytes, f"{r.shared_bytes / 1024:.1f}", r.matrix, r.fma, r.exponentials,
+            variant.chip, variant.kernel, tile, warps, variant.products, block, r.registers,
+            r.spill_bytes, f"{r.shared_bytes / KIB:.1f}", fit, r.matrix, r.fma, r.exponentials,
             r.barriers, r.instructions,
         )  # fmt: skip
         yield "| " + " | ".join(map(str, row)) + " |"
 
 
+def report(chosen: list[Variant], results: list[Resources]) -> str:
+    """The record: what was compiled with what, and the table."""
+    import triton
+
+    chips = ", ".join(dict.fromkeys(variant.chip for variant in chosen))
+    head = f"""# What the compiler makes of the Triton kernels
+
+Written by `make kernels-report`. Compiled, not run: no GPU is needed, and nothing here is a time.
+
+- Targets: {chips}
+- Triton {triton.__version__}, PyTorch {torch.__version__}
+- Kernels of commit {last_change(KERNELS)} (`gcl_kernels/backends/triton`)
+
+D = 1024. Tiles are in rows, of fused kernels in samples; these, and kernels over samples, are
+compiled for `gcl_loss`: image, text and their sum; three views and three pairs. Registers and
+spilled bytes (local memory) are a thread's, shared memory a program's. `programs`: how many fit a
+multiprocessor at a time. `matrix`, `fma`, `ex2`, `barriers` and `instructions` count the code, not
+executions.
+
+"""
+    return head + "\n".join(table(chosen, results)) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", nargs="+", choices=list(CHIPS), default=list(CHIPS))
+    parser.add_argument("--chips", nargs="+", choices=list(CHIPS), help="print these alone")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    chosen = list(variants(options.chips))
+    chosen = list(variants(options.chips or CHIPS))
     results = inspect_all(chosen, options.jobs)
-    print("\n".join(table(chosen, results)))
+    text = report(chosen, results)
+    if options.chips:
+        print(text, end="")
+    else:
+        RECORD.write_text(text)
+        print(f"{len(chosen)} variants: {RECORD}")
     spilled = [str(v) for v, used in zip(chosen, results, strict=True) if used.spill_bytes]
     if spilled:
         raise SystemExit(f"spilled: {', '.join(spilled)}")

@@ -62,15 +62,25 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _changed(*sources: str) -> str:
+    """``+`` where these files, named from here, have changes that are not committed."""
+    status = _command("git", "status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return "+" if status not in ("", "unknown") else ""
+
+
+def last_change(folder: str) -> str:
+    """The commit that last changed a folder, with ``+`` as in :func:`environment`."""
+    return _command("git", "log", "-1", "--format=%h", "--", folder) + _changed(folder)
+
+
 def environment() -> dict[str, object]:
     """Machine, versions, commit (with ``+`` where the tree had changes), the ``cpu`` backend's
     road."""
     commit = _command("git", "rev-parse", "--short", "HEAD")
     # What a record's figures depend on.
     sources = ["../gcl_kernels", "../csrc", "../build_extensions.py", "../benchmarks/*.py"]
-    dirty = _command("git", "status", "--porcelain", "--untracked-files=no", "--", *sources)
     record: dict[str, object] = {
-        "commit": commit + ("+" if dirty not in ("", "unknown") else ""),
+        "commit": commit + _changed(*sources),
         "gcl_kernels": gcl_kernels.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
