@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -56,6 +58,29 @@ def test_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)", path.read_text()):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_drawings_are_well_formed():
+    # A browser shows nothing of one that is not.
+    for path in (ROOT / "docs").rglob("*.svg"):
+        ElementTree.parse(path)
+
+
+def table_rows(text: str, first: str) -> list[dict[str, str]]:
+    """Rows, by column, of the Markdown table whose head begins with this column."""
+    lines = itertools.dropwhile(lambda line: not line.startswith(f"| {first} |"), text.splitlines())
+    table = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return [dict(zip(split[0], row, strict=True)) for row in split[2:]]
+
+
+def test_resources_are_quoted_from_the_record():
+    record = table_rows((ROOT / "benchmarks/results/kernels.md").read_text(), "chip")
+    quoted = table_rows((ROOT / "docs/kernels.md").read_text(), "kernel")
+    assert len(quoted) >= 10
+    for row in quoted:
+        assert sum(row.items() <= entry.items() for entry in record) == 1, row
+    assert all(entry["spilled bytes"] == "0" for entry in record)
 
 
 def test_supervised_contrastive_loss():
