@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILT_FROM := pyproject.toml setup.py build_extensions.py $(wildcard csrc/cpu/* csrc/common/*)
+BUILT_FROM := pyproject.toml setup.py build_extensions.py $(wildcard csrc/cpu/*)
 
 INTERPRETED := $(patsubst %,python_tests/test_%.py,contract score_fusion kernels embeddings triton triton_fused)
 

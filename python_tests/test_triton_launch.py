@@ -157,4 +157,6 @@ def test_launches_compile(launches, function, case):
             "fused_gradients_kernel",
         },
     }
-    assert set(launches[function, case]) == kernels[function]
+    dim = CASES[case][1]
+    of_one_number = {"embed_kernel", "embed_fused_kernel"} if dim == 1 else set()  # PyTorch's
+    assert set(launches[function, case]) == kernels[function] - of_one_number

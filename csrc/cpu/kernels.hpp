@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/fused_sample.h"
+#include "fused_sample.h"
 
 namespace gcl {
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/geometry.h"
+#include "geometry.h"
 
 namespace gcl {
 

@@ -1,5 +1,5 @@
-// csrc/common/geometry.h, exhaustively on small shapes, against the definitions.
-#include "common/geometry.h"
+// csrc/cuda/geometry.h, exhaustively on small shapes, against the definitions.
+#include "cuda/geometry.h"
 
 #include <cstdio>
 #include <cstdlib>

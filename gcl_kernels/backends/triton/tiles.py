@@ -12,7 +12,8 @@ Warps: a thread holds ``size^2 / (lanes * warps)`` float32 logits, 64 with 128 x
 32. With 4 warps they would be 128 of its 255 registers, and the epilogue would spill.
 
 None of the rows was chosen by a measurement on a GPU: they are the largest that compile without a
-spill, inside the memory of their chips. Register and memory counts: docs/kernels.md.
+spill, inside the memory of their chips. Register and memory counts:
+benchmarks/results/kernels.md.
 """
 
 from __future__ import annotations

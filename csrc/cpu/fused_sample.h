@@ -4,8 +4,6 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
-
 namespace gcl {
 
 // Of one sample Q_bc, which is symmetric, and its share of the scale's gradient.
@@ -28,28 +26,28 @@ struct FusedSample {
   const T* dots;          // [2, 2, N]
   int64_t samples, index;
 
-  HOST_DEVICE T number(const T* table, int row) const { return table[row * samples + index]; }
-  HOST_DEVICE T k(int v, int b) const { return number(coefficients, 2 * v + b); }
+  T number(const T* table, int row) const { return table[row * samples + index]; }
+  T k(int v, int b) const { return number(coefficients, 2 * v + b); }
 
-  HOST_DEVICE bool has_length(int v) const { return number(lengths, v) > eps; }
-  HOST_DEVICE bool is_constant(int v, int w) const {
+  bool has_length(int v) const { return number(lengths, v) > eps; }
+  bool is_constant(int v, int w) const {
     return self && normalize && v == w && has_length(v);
   }
 
   // <z_v, z_b>
-  HOST_DEVICE T toward(int v, int b) const {
+  T toward(int v, int b) const {
     return k(v, 0) * number(dots, b) + k(v, 1) * number(dots, 2 + b);
   }
 
   // <z_v, z_w>; exactly one of a unit vector with itself, since a sum of products rounds.
-  HOST_DEVICE T own(int v, int w) const {
+  T own(int v, int w) const {
     if (is_constant(v, w)) return 1;
     return toward(v, 0) * k(w, 0) + toward(v, 1) * k(w, 1);
   }
 
   // inner [V, 2, N]: U_vb. set_mixing(v, to_0, to_1) takes the shares of the gradient of mixing.
   template <class SET_MIXING>
-  HOST_DEVICE FusedPulls<T> pulls(const T* inner, const T* grad_own_logits,
+  FusedPulls<T> pulls(const T* inner, const T* grad_own_logits,
                                   const SET_MIXING& set_mixing) const {
     FusedPulls<T> sum = {0, 0, 0, 0};
     for (int v = 0; v < views; ++v) {
