@@ -50,7 +50,11 @@ def mended_interpreter() -> Iterator[None]:
     cutting bits off. And each call from one kernel function to another looks through all of
     ``triton.language`` for what to replace: half of the interpreter's time with kernels such as
     these. What a launch does not replace stays replaced after a call, so one call into each module
-    is enough. A tenth goes into a table of dtypes that is made anew for each look into it.
+    is enough. A tenth goes into a table of dtypes that is made anew for each look into it, and as
+    much into working out anew, for each value, what follows from its type.
+
+    Triton 3.6 besides takes a scalar, an array of one element here, for a number without asking for
+    its element, which NumPy 2.5 refuses.
     """
     if not INTERPRETED:
         yield
@@ -90,7 +94,33 @@ def mended_interpreter() -> Iterator[None]:
     def quick_np_dtype(of):
         return np_dtype(of) if of.scalar.is_ptr() else np_dtype_of_scalar(of.scalar)
 
+    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    of_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+    of_tensors: dict[str, dict[str, Any]] = {}
+
+    def quick_type(self, element_ty, shape):
+        key = (element_ty.name, *shape)
+        if key not in of_types:
+            make_type(self, element_ty, shape)
+            of_types[key] = dict(vars(self))
+        vars(self).update(of_types[key], element_ty=element_ty)
+
+    def quick_tensor(self, handle, type):
+        if type.name not in of_tensors:
+            make_tensor(self, handle, type)
+            of_tensors[type.name] = dict(vars(self))
+        vars(self).update(of_tensors[type.name], handle=handle, type=type, dtype=type.scalar)
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_with_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tl.block_type, "__init__", quick_type)
+        patch.setattr(tl.tensor, "__init__", quick_tensor)
+        patch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_with_index)
         patch.setattr(InterpreterBuilder, "create_dot", create_widened_dot)
         patch.setattr(interpreter, "_convert_float", rounded)
         patch.setattr(InterpretedFunction, "__call__", quick_call)
