@@ -41,7 +41,7 @@ gpu-report:
 	$(PYTHON) -m benchmarks.gpu_report $(ARGS)
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 
 # Without the CUDA extension, which a test builds for itself; GCL_KERNELS_CUDA=1 installs it too.
 $(VENV)/.%: $(BUILT_FROM) | $(VENV)/bin/python

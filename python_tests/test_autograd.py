@@ -102,14 +102,13 @@ def test_inference_tensors(backend, device, loss, dtype, normalize):
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_inference_tensors_in_a_compiled_step(device, compiler):
+def test_inference_tensors_in_a_compiled_step(device):
     shown = [v.float() for v in random_views(12, 6, device)]
     with torch.inference_mode():
         frozen = shown[1].clone()
     a = shown[0].requires_grad_()
     for function in (gcl_kernels.gcl_loss, gcl_kernels.clip_loss):
-        loss = torch.compile(function, fullgraph=True, backend=compiler)(a, frozen)
+        loss = torch.compile(function, fullgraph=True, backend="aot_eager")(a, frozen)
         expected = torch.autograd.grad(function(a, shown[1]), a)
         torch.testing.assert_close(torch.autograd.grad(loss, a), expected)
 
