@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -36,9 +36,7 @@ from torch import Tensor
 from gcl_kernels.blocks import Block, Samples
 from gcl_kernels.operators import subtractable
 from gcl_kernels.problem import FusedProblem, Problem, neg_lse_by_blocks
-from gcl_kernels.spec import BoolTable, check_choice
-
-EXCHANGES = ("gather", "ring")
+from gcl_kernels.spec import BoolTable, ExchangeName, check_choice
 
 WITHOUT_GROUP = ""
 """The group's name where there is no other process: operators take strings."""
@@ -51,7 +49,7 @@ def check_group(group: Any, exchange: str) -> None:
         TypeError, ValueError: ``group`` is neither None, ``"world"`` nor a process group, or this
             process is not in it; an unknown ``exchange``.
     """
-    check_choice("exchange", exchange, EXCHANGES)
+    check_choice("exchange", exchange, get_args(ExchangeName))
     if group is None or (isinstance(group, str) and group == "world"):
         return
     if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
@@ -288,7 +286,7 @@ class Exchange:
 
     Args:
         name: of the group.
-        exchange: one of ``EXCHANGES``.
+        exchange: a ``spec.ExchangeName``.
         agreement: from :func:`agree`.
         own: what this process gives.
     """

@@ -38,6 +38,7 @@ from gcl_kernels.spec import (
     check_normalize,
     check_positive,
     check_views,
+    is_dtensor,
     make_loss_spec,
     plain_number,
     recordable,
@@ -484,7 +485,7 @@ class GCLLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "log_logit_scale" and type(value).__name__ == "DTensor":
+        if name == "log_logit_scale" and is_dtensor(value):
             # What fully_shard trains: in forward there is a gathered copy in its place, and what
             # is done to that is lost.
             self._shards = (value,)
@@ -514,7 +515,7 @@ class GCLLoss(nn.Module):
             if logit_scale is not None:
                 raise ValueError("logit_scale: this module owns a learnable one, got another")
             parameter = self.log_logit_scale
-            if type(parameter).__name__ == "DTensor":
+            if is_dtensor(parameter):
                 raise RuntimeError(
                     "log_logit_scale: expected a plain tensor, got a DTensor; call the loss in the "
                     "forward of the module given to fully_shard, or give it the loss too"

@@ -67,7 +67,7 @@ class NegativesSpec:
             a bound on the logits without reading a tensor.
         backend: a name of ``dispatch.BACKENDS``, already resolved.
         group: the name of the process group whose embeddings meet, empty for this process alone.
-        exchange: how shards travel, one of ``distributed.EXCHANGES``.
+        exchange: how shards travel, an ``ExchangeName``.
     """
 
     candidates: BoolTable
@@ -112,9 +112,14 @@ def _shape(tensor: Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def is_dtensor(value: Any) -> bool:
+    """Whether it is one, by name: its module is not imported for it."""
+    return type(value).__name__ == "DTensor"
+
+
 def refuse_dtensor(name: str, value: Any) -> None:
     """Raise TypeError if it is one: an operator would meet it beside plain tensors."""
-    if type(value).__name__ == "DTensor":
+    if is_dtensor(value):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor; pass .to_local() or "
             ".full_tensor(), whichever the loss should see"

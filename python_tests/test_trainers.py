@@ -272,6 +272,20 @@ def test_matryoshka(model, mini_batch_size):
     assert got[1]
 
 
+ONE_STEP = {
+    "max_steps": 1,
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "train_sampling_strategy": "sequential",
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+"""Arguments of either kind of trainer: the parameters move by the gradient."""
+
+
 def in_order(dataset, batch_size, drop_last, **_):
     return DefaultBatchSampler(range(len(dataset)), batch_size, drop_last)
 
@@ -281,15 +295,7 @@ def train(trainer: type, model, data, folder, steps: int, **changed):
     arguments = {
         "per_device_train_batch_size": 16 // steps,
         "gradient_accumulation_steps": steps,
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
+        **ONE_STEP,
     }
     if trainer is SentenceTransformerTrainer:
         kind = SentenceTransformerTrainingArguments
@@ -433,20 +439,12 @@ def trainer_arguments(kind: type, folder, **changed):
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
         "gradient_accumulation_steps": 2,
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
+        **ONE_STEP,
         "eval_strategy": "steps",
         "eval_steps": 1,
         "save_steps": 1,
         "load_best_model_at_end": True,
         "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
     }
     if kind is SentenceTransformerTrainingArguments:
         given["batch_sampler"] = in_order
