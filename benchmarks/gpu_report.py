@@ -47,8 +47,9 @@ from torch import Tensor
 import gcl_kernels
 from benchmarks.peers import chunked_gcl, dense_clip, dense_gcl, on_sum
 from benchmarks.record import RESULTS, environment
-from gcl_kernels import embeddings
+from gcl_kernels.backends.base import Backend
 from gcl_kernels.dispatch import BACKENDS
+from gcl_kernels.spec import NegativesSpec
 
 ROOT = Path(__file__).parent.parent
 PARITY = [
@@ -427,16 +428,18 @@ def _once(step: Step, device: str) -> dict[str, Any]:
     return {"peak_bytes": peak, "seconds": seconds, "loss": step.both().item()}
 
 
-def _embedding(own: Any, n: int, d: int, device: str) -> dict[str, Any]:
+def _embedding(own: Backend, n: int, d: int, device: str) -> dict[str, Any]:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    candidates, pairs = ((True,) * 3,) * 3, ((0, 1), (0, 2), (1, 2))
+    spec = NegativesSpec(candidates, pairs, None, True, dtype, None, "tiled")
     views = [torch.randn(n, d, device=device, dtype=dtype) for _ in range(3)]
     scale = torch.tensor(1 / 0.07, device=device)
     hz, grad_own = torch.randn(3, n, d, device=device), torch.randn(3, 3, n, device=device)
+    needs, nothing = [True, True, True, False, True], scale.new_empty(0)
 
     def step() -> None:
-        z, norm, inverse, dots, _ = own.embed(views, [(0, 1), (0, 2), (1, 2)], True, dtype, scale)
-        given = (views, True, z, norm, inverse, dots, hz, grad_own, scale, (True,) * 3)
-        own.embed_backward(*given)
+        embedded, _ = own.embed(views, None, scale, spec)
+        own.gradients(views, scale, embedded, hz, nothing, grad_own, spec, needs)
 
     (seconds,) = medians([step], device)
     # Read e, write z; read e and H z, write the gradient.
@@ -445,10 +448,10 @@ def _embedding(own: Any, n: int, d: int, device: str) -> dict[str, Any]:
 
 
 def embeddings_alone(report: Report) -> list[dict[str, Any]]:
-    """``embed`` and ``embed_backward`` of three views, PyTorch's calls and each backend's own."""
-    functions: dict[str, Any] = {"PyTorch": embeddings}
+    """``embed`` and ``gradients`` of three views, PyTorch's calls and each backend's own."""
+    functions = {"PyTorch": Backend()}
     for name in backend_names(report.device):
-        if BACKENDS[name].embed is not embeddings.embed:
+        if type(BACKENDS[name]).embed is not Backend.embed:
             functions[name] = BACKENDS[name]
     rows = []
     for n in (64,) if report.quick else (1024, 8192, 32768):

@@ -27,10 +27,11 @@ import torch
 
 from benchmarks.record import RESULTS, last_change
 from gcl_kernels.backends.triton.tiles import CHIPS, FUSED_TILES, KIB, TILES, Tile
+from gcl_kernels.spec import NegativesSpec
 
 TILE_KERNELS = ("stats", "weights", "fused_stats", "fused_weights")
 FOLDS = ("fold", "inner")
-SAMPLE_KERNELS = ("embed", "embed_backward", "embed_fused", "fused_gradients")
+SAMPLE_KERNELS = ("embed", "gradients", "fused_embed", "fused_gradients")
 GCL_VIEWS = {"BASES": (0, 1, None), "CANDIDATES": ((True,) * 3,) * 3}
 """What fused kernels are compiled for: image, text, and their sum."""
 
@@ -173,24 +174,25 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
 
 
 def _sample_signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
-    """The same for a kernel over samples, of contiguous views whose rows are aligned."""
+    """The same for a kernel over samples, of contiguous bases whose rows are aligned."""
     from gcl_kernels.backends.triton import embeddings
 
-    constants = {
-        "NORMALIZE": True,
-        "ROUNDED": variant.dtype != torch.float32,
-        "PAIRS": PAIRS,
-        "SELF": False,
-        "BASES": tuple(-1 if base is None else base for base in GCL_VIEWS["BASES"]),
-        **embeddings.part_shape(variant.dtype),
-    }
-    of_view = "*" + TRITON_DTYPES[variant.dtype]
-    views = range(2 if "fused" in variant.kernel else 3)
+    candidates, bases = GCL_VIEWS["CANDIDATES"], range(3)
+    mixed = None
+    if variant.kernel.startswith("fused"):
+        mixed, bases = GCL_VIEWS["BASES"], range(2)
+    spec = NegativesSpec(candidates, PAIRS, mixed, True, variant.dtype, None, "triton")
+    tables = [torch.empty(1, variant.dim, dtype=variant.dtype, device="meta") for _ in bases]
+    arguments = embeddings.over_samples(tables, spec)[1]
+    constants = {name: value for name, value in arguments.items() if name.isupper()}
+    constants["ROUNDED"] = variant.dtype != torch.float32
+    if mixed is None:
+        constants.update(mixing=None, inner=None)
+    of_base = "*" + TRITON_DTYPES[variant.dtype]
     types = {
-        "views": (of_view,) * len(views),
-        "grads": (of_view,) * len(views),
-        "strides": (("i32", "constexpr"),) * len(views),
-        "z": of_view,
+        **dict.fromkeys(("tables", "grads"), (of_base,) * len(bases)),
+        "strides": (("i32", "constexpr"),) * len(bases),
+        "z": of_base,
         "num_samples": "i32",
         "dim": "i32",
     }
@@ -201,10 +203,10 @@ def _sample_signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
         if name in constants:
             values[index,] = constants[name]
         elif name == "strides":
-            values.update(((index, view, 1), 1) for view in views)
-            alignments.update(((index, view, 0), divisible) for view in views)
+            values.update(((index, base, 1), 1) for base in bases)
+            alignments.update(((index, base, 0), divisible) for base in bases)
         elif isinstance(signature[name], tuple):
-            alignments.update(((index, view), divisible) for view in views)
+            alignments.update(((index, base), divisible) for base in bases)
         elif name != "num_samples":
             alignments[index,] = divisible
     return signature, values, alignments
@@ -271,14 +273,7 @@ def inspect(variant: Variant) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gcl_kernels.backends.triton import (
-        embeddings,
-        fused_embeddings,
-        fused_stats,
-        fused_weights,
-        stats,
-        weights,
-    )
+    from gcl_kernels.backends.triton import embeddings, fused_stats, fused_weights, stats, weights
 
     kernel = {
         "stats": stats.stats_kernel,
@@ -288,9 +283,9 @@ def inspect(variant: Variant) -> Resources:
         "fused_weights": fused_weights.fused_weights_kernel,
         "inner": fused_weights.inner_kernel,
         "embed": embeddings.embed_kernel,
-        "embed_backward": embeddings.embed_backward_kernel,
-        "embed_fused": fused_embeddings.embed_fused_kernel,
-        "fused_gradients": fused_embeddings.fused_gradients_kernel,
+        "gradients": embeddings.gradients_kernel,
+        "fused_embed": embeddings.embed_kernel,
+        "fused_gradients": embeddings.gradients_kernel,
     }[variant.kernel]
     amd = variant.chip.startswith("gfx")
     target = (

@@ -12,6 +12,7 @@ import torch
 
 import gcl_kernels
 from gcl_kernels.backends import cpu
+from gcl_kernels.dispatch import BACKENDS
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,7 +45,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def cpu_road() -> dict[str, str]:
     """Which code the ``cpu`` backend runs here; its figures differ by that as by the processor."""
-    if cpu.why_unavailable() is not None:
+    if BACKENDS["cpu"].why_unavailable() is not None:
         return {"instruction_set": "none: no extension", "products": "PyTorch's"}
     products = {
         "own": "the extension's own",

@@ -6,9 +6,9 @@ from gcl_kernels.losses import (
     clip_loss,
     gcl_loss,
     multiview_contrastive_loss,
+    neg_lse,
     nt_xent_loss,
 )
-from gcl_kernels.negatives import neg_lse
 
 __version__ = "0.1.0"
 

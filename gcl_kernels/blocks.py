@@ -13,6 +13,7 @@ Pure integer arithmetic: no tensors, no device.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,12 +98,41 @@ def _cut(start: int, stop: int, block_rows: int) -> list[tuple[int, int]]:
     return [(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Those from ``start`` to ``stop`` of ``total`` samples."""
+
+    start: int
+    stop: int
+    total: int
+
+
+def _spans_views(candidates: BoolTable, per_view: bool) -> bool:
+    # Fewer, larger blocks for small batches.
+    return all(all(row) for row in candidates) and not per_view
+
+
+def _cuts(
+    side: Samples, candidates: BoolTable, block_rows: int, per_view: bool
+) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Ranges of rows of each view of these samples; or, as of view 0, of all views together."""
+    num_views, total = len(candidates), side.total
+    segments = [(v, v * total + side.start, v * total + side.stop) for v in range(num_views)]
+    if _spans_views(candidates, per_view) and side.stop - side.start == total:
+        segments = [(0, 0, num_views * total)]
+    return [(v, _cut(start, stop, block_rows)) for v, start, stop in segments]
+
+
 def most_elements(
     num_samples: int, candidates: BoolTable, block_rows: int, per_view: bool = False
 ) -> int:
     """At least as many elements as the blocks of :func:`plan_blocks` have, and few more, without
     counting them: ``num_samples`` may be symbolic."""
+    count = _known_most_elements if isinstance(num_samples, int) else _most_elements
+    return count(num_samples, candidates, block_rows, per_view)
 
+
+def _most_elements(num_samples: int, candidates: BoolTable, block_rows: int, per_view: bool) -> int:
     def on_and_above_diagonal(rows: int) -> int:
         # Half of the square, and half of the blocks on its diagonal.
         return rows * (rows + torch.sym_min(rows, block_rows)) // 2
@@ -118,9 +148,7 @@ def most_elements(
     )
 
 
-def _spans_views(candidates: BoolTable, per_view: bool) -> bool:
-    # Fewer, larger blocks for small batches.
-    return all(all(row) for row in candidates) and not per_view
+_known_most_elements = lru_cache(maxsize=256)(_most_elements)
 
 
 @lru_cache(maxsize=256)
@@ -142,52 +170,30 @@ def plan_blocks(
             one between them: for backends that compute both equal halves of a block on the
             diagonal, a quarter of its product less.
     """
-    num_views = len(candidates)
-    if _spans_views(candidates, per_view):
-        segments = [(0, num_views * num_samples)]
-        table: BoolTable = ((True,),)
-    else:
-        segments = [(v * num_samples, (v + 1) * num_samples) for v in range(num_views)]
-        table = candidates
-    cuts = [_cut(start, stop, block_rows) for start, stop in segments]
     blocks = []
 
     def visit(rows: tuple[int, int], cols: tuple[int, int], a: int, m: int) -> None:
-        blocks.append(
-            Block(
-                *rows,
-                *cols,
-                serves_rows=table[a][m],
-                serves_cols=table[m][a],
-                diagonal=rows == cols,
-                same_sample_offsets=_same_sample_offsets(*rows, *cols, num_samples),
-            )
-        )
+        offsets = _same_sample_offsets(*rows, *cols, num_samples)
+        serves = candidates[a][m], candidates[m][a]
+        blocks.append(Block(*rows, *cols, *serves, rows == cols, offsets))
 
-    for a in range(len(segments)):
-        for i, rows in enumerate(cuts[a]):
-            for m in range(a, len(segments)):
-                if not (table[a][m] or table[m][a]):
+    cuts = _cuts(Samples(0, num_samples, num_samples), candidates, block_rows, per_view)
+    for index, (a, row_cuts) in enumerate(cuts):
+        for i, rows in enumerate(row_cuts):
+            for m, col_cuts in cuts[index:]:
+                if not (candidates[a][m] or candidates[m][a]):
                     continue
-                for cols in cuts[m][i if m == a else 0 :]:
-                    if rows == cols and halve_diagonal and len(cuts[a]) > 1:
+                for cols in col_cuts[i if m == a else 0 :]:
+                    if rows != cols:
+                        visit(rows, cols, a, m)
+                        continue
+                    halves = [rows]
+                    if halve_diagonal and len(row_cuts) > 1:
                         half = (rows[1] - rows[0]) / (2 * ROW_MULTIPLE)
                         halves = _cut(*rows, math.ceil(half) * ROW_MULTIPLE)
-                        for h, first in enumerate(halves):
-                            for second in halves[h:]:
-                                visit(first, second, a, a)
-                    else:
-                        visit(rows, cols, a, m)
+                    for pair in itertools.combinations_with_replacement(halves, 2):
+                        visit(*pair, a, a)
     return tuple(blocks)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Those from ``start`` to ``stop`` of ``total`` samples."""
-
-    start: int
-    stop: int
-    total: int
 
 
 @lru_cache(maxsize=256)
@@ -198,34 +204,16 @@ def plan_rectangle(
     block_rows: int,
     per_view: bool = False,
 ) -> tuple[Block, ...]:
-    """The blocks between some samples and others of which none is among them, in order.
-
-    Args:
-        candidates, block_rows, per_view: as for :func:`plan_blocks`.
-    """
+    """The blocks between some samples and others of which none is among them, in order; the
+    arguments are those of :func:`plan_blocks`."""
     if rows.start == rows.stop or cols.start == cols.stop:
         return ()
-    cuts = []
-    for side in (rows, cols):
-        all_of_them = side.stop - side.start == side.total
-        if _spans_views(candidates, per_view) and all_of_them:
-            segments = [(0, 0, len(candidates) * side.total)]
-        else:
-            starts = [v * side.total for v in range(len(candidates))]
-            segments = [(v, at + side.start, at + side.stop) for v, at in enumerate(starts)]
-        cuts.append([(v, _cut(start, stop, block_rows)) for v, start, stop in segments])
+    of_rows, of_cols = (_cuts(side, candidates, block_rows, per_view) for side in (rows, cols))
     return tuple(
-        Block(
-            *of_rows,
-            *of_cols,
-            serves_rows=candidates[a][m],
-            serves_cols=candidates[m][a],
-            diagonal=False,
-            same_sample_offsets=(),
-        )
-        for a, row_cuts in cuts[0]
-        for of_rows in row_cuts
-        for m, col_cuts in cuts[1]
+        Block(*row, *col, candidates[a][m], candidates[m][a], False, ())
+        for a, row_cuts in of_rows
+        for row in row_cuts
+        for m, col_cuts in of_cols
         if candidates[a][m] or candidates[m][a]
-        for of_cols in col_cuts
+        for col in col_cuts
     )

@@ -33,10 +33,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gcl_kernels.blocks import Block, Samples
-from gcl_kernels.operators import subtractable
-from gcl_kernels.problem import FusedProblem, Problem, neg_lse_by_blocks
-from gcl_kernels.spec import BoolTable, ExchangeName, check_choice
+from gcl_kernels.blocks import Samples
+from gcl_kernels.problem import Problem, SampleData, subtractable
+from gcl_kernels.spec import ExchangeName, NegativesSpec, check_choice
 
 WITHOUT_GROUP = ""
 """The group's name where there is no other process: operators take strings."""
@@ -133,14 +132,7 @@ _next_number: dict[str, int] = {}
 
 
 def agree(
-    name: str,
-    problem: Problem | FusedProblem,
-    num_samples: int,
-    *,
-    views: str,
-    candidates: BoolTable,
-    gradients: str,
-    exchange: str,
+    spec: NegativesSpec, problem: Problem, data: SampleData, needs_grad: Sequence[bool]
 ) -> Tensor:
     """``N_r`` of every process of the group, and the number of this forward pass; int64 [W + 1] on
     the CPU.
@@ -150,15 +142,13 @@ def agree(
     among those who know it on the host.
 
     Args:
-        problem: of this process's samples.
-        views: how many there are, and of what they are made.
-        gradients: which inputs need one.
+        problem, data: of this process's samples.
 
     Raises:
         ValueError: the processes' calls differ in what they must have in common.
         RuntimeError: a CUDA graph is being captured, and the group has no backend for the CPU.
     """
-    group = _group(name)
+    group = _group(spec.group)
     device = _host_device(group, problem.scale.device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -166,29 +156,32 @@ def agree(
             "a group with a backend for the CPU, such as 'cpu:gloo,cuda:nccl', got "
             f"{dist.get_backend_config(group)!r}"
         )
+    *needs_bases, needs_mixing, needs_scale = needs_grad
+    num_samples = problem.z_rows.shape[:-1].numel() // len(needs_bases)
     terms = {
-        "views": views,
+        "views": f"{len(spec.candidates)} made of {len(needs_bases)}: {spec.bases}",
         "dimension": problem.z_rows.shape[-1],
-        "compute_dtype": problem.compute_dtype,
-        "candidates": candidates,
-        "normalize": problem.unit_rows,
-        "sample_ids": problem.ids_rows is not None,
-        "gradients": gradients,
-        "exchange": exchange,
+        "compute_dtype": spec.compute_dtype,
+        "candidates": spec.candidates,
+        "normalize": spec.normalize,
+        **{name: of is not None for name, of in data._asdict().items()},
+        "gradients": f"of embeddings {needs_bases}, of fusion_weights {needs_mixing}, "
+        f"of logit_scale {needs_scale}",
+        "exchange": spec.exchange,
     }
     checksums = [zlib.crc32(repr(term).encode()) for term in terms.values()]
     known = torch.nan if problem.max_scale is None else problem.max_scale
     if problem.max_scale is not None and math.isnan(problem.max_scale):
         known = torch.inf  # as little a scale, and not taken for an unknown one
     bits = torch.tensor(known, dtype=torch.float32, device="cpu").view(torch.int32).item()
-    number = _next_number.get(name, 0)
+    number = _next_number.get(spec.group, 0)
     mine = torch.tensor([num_samples, *checksums, bits, number], device=device)
     everyone = mine.new_empty(group.size() * len(mine))
     _all_gather(everyone, mine, group, async_op=False)
     sizes, *same, scales, numbers = everyone.view(group.size(), -1).cpu().unbind(1)
     # A process may be new in a group of this name.
     number = int(numbers.amax())
-    _next_number[name] = number + 1
+    _next_number[spec.group] = number + 1
     differs = {
         what: column != column[group.rank()] for what, column in zip(terms, same, strict=True)
     }
@@ -402,30 +395,6 @@ class Exchange:
                 yield pair, held
 
         return pieces(start(pairs[0], [part.tensor for part in self._own]))
-
-
-def neg_lse_with_others(
-    others: Exchange,
-    neg_lse: Tensor,
-    block_stats: Callable[..., None],
-    rectangle: Callable[[Meeting, list[Tensor]], tuple[Problem | FusedProblem, tuple[Block, ...]]],
-) -> Tensor:
-    """``neg_lse`` [V, N] of this process's samples with all others' among the candidates.
-
-    Args:
-        rectangle: the problem and the blocks of a meeting, from what was given.
-    """
-
-    def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
-        nonlocal neg_lse
-        problem, plan = rectangle(meeting, given)
-        of_rows, of_cols = neg_lse_by_blocks(block_stats, problem, plan, neg_lse.new_empty(0))
-        neg_lse = torch.logaddexp(neg_lse, of_rows.view(neg_lse.shape))
-        return [PerSample(of_cols.view(len(neg_lse), -1), 1)]
-
-    for (returned,) in others.meet(meet):
-        neg_lse = torch.logaddexp(neg_lse, returned)
-    return neg_lse
 
 
 def lines_for_others(neg_lse: Tensor, grad: Tensor, agreement: Tensor) -> Tensor:

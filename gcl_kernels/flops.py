@@ -19,33 +19,19 @@ from torch import Size
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from gcl_kernels.spec import NegativesSpec, parse_spec
 
-def _products(candidates: Sequence[bool], needs: Sequence[bool]) -> tuple[float, float]:
+
+def _products(spec: NegativesSpec, needs: Sequence[bool]) -> tuple[float, float]:
     """Products ``N x N x D`` that make the logits, and those that make gradients of them."""
-    num_views = len(needs)
     logits = gradients = 0.0
-    for a, b in itertools.combinations_with_replacement(range(num_views), 2):
-        if candidates[a * num_views + b] or candidates[b * num_views + a]:
+    # The two bases of score fusion all meet, whatever views they make.
+    candidates = spec.candidates if spec.mixed is None else ((True,) * 2,) * 2
+    for a, b in itertools.combinations_with_replacement(range(len(candidates)), 2):
+        if candidates[a][b] or candidates[b][a]:
             logits += 0.5 if a == b else 1
             gradients += needs[a] if a == b else needs[a] + needs[b]
     return logits, gradients
-
-
-def _forward(z: Size, candidates: Sequence[bool], agreement: Size) -> int:
-    num_views, num_samples, dim = z
-    logits, _ = _products(candidates, [False] * num_views)
-    return int(logits * 2 * num_samples**2 * dim) * _world(agreement)
-
-
-def _backward(
-    z: Size, candidates: Sequence[bool], agreement: Size, kept: Size, needs: Sequence[bool]
-) -> int:
-    _, num_samples, dim = z
-    logits, gradients = _products(candidates, needs)
-    product = 2 * num_samples**2 * dim * _world(agreement)
-    # A kept block on the diagonal holds both halves, so that all kept tiles may be more than all.
-    again = max(int(logits * product) - 2 * dim * kept.numel(), 0)
-    return again + int(gradients * product)
 
 
 def _world(agreement: Size) -> int:
@@ -53,33 +39,27 @@ def _world(agreement: Size) -> int:
     return max(1, agreement.numel() - 1)
 
 
-_ALL = [True] * 4
-"""Candidates of the two bases of score fusion, whatever views they make."""
+def _forward(*args: Any, out_shape: Any) -> int:
+    *_, text, needs_grad = args
+    _, num_samples, dim = out_shape[2]
+    logits, _ = _products(parse_spec(text), needs_grad)
+    return int(logits * 2 * num_samples**2 * dim) * _world(out_shape[-1])
 
 
-def _neg_lse(*args: Any, out_shape: Any) -> int:
-    return _forward(out_shape[2], args[3], out_shape[-1])
-
-
-def _neg_lse_backward(*args: Any, out_shape: Any) -> int:
-    *_, z, _norm, _inverse, _own, kept, agreement, _lse, _grad, _grad_own, needs = args
-    return _backward(z, args[3], agreement, kept, needs[:-1])
-
-
-def _fused_neg_lse(*args: Any, out_shape: Any) -> int:
-    return _forward(out_shape[2], _ALL, out_shape[-1])
-
-
-def _fused_neg_lse_backward(*args: Any, out_shape: Any) -> int:
-    *_, z, _inverse, _lengths, _k, _dots, kept, agreement, _lse, _grad, _grad_own, needs = args
-    return _backward(z, _ALL, agreement, kept, needs[:2])
+def _backward(*args: Any, out_shape: Any) -> int:
+    *_, saved, _grad, _grad_own, text, needs_grad = args
+    z, *_, kept, agreement, _lse = saved
+    _, num_samples, dim = z
+    logits, gradients = _products(parse_spec(text), needs_grad)
+    product = 2 * num_samples**2 * dim * _world(agreement)
+    # A kept block on the diagonal holds both halves, so that all kept tiles may be more than all.
+    again = max(int(logits * product) - 2 * dim * kept.numel(), 0)
+    return again + int(gradients * product)
 
 
 _FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.gcl_kernels.neg_lse: _neg_lse,
-    torch.ops.gcl_kernels.neg_lse_backward: _neg_lse_backward,
-    torch.ops.gcl_kernels.fused_neg_lse: _fused_neg_lse,
-    torch.ops.gcl_kernels.fused_neg_lse_backward: _fused_neg_lse_backward,
+    torch.ops.gcl_kernels.neg_lse: _forward,
+    torch.ops.gcl_kernels.neg_lse_backward: _backward,
 }
 
 for _operator, _formula in _FORMULAS.items():

@@ -9,41 +9,48 @@ the anchor's negatives and those embeddings of its own sample that compete; see 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcl_kernels.dispatch import BACKENDS, check_backend
-from gcl_kernels.distributed import check_group
-from gcl_kernels.embeddings import ABSENT
-from gcl_kernels.negatives import Arguments, negatives, prepare
-from gcl_kernels.score_fusion import fused_negatives
+from gcl_kernels.dispatch import check_backend, resolve_backend
+from gcl_kernels.distributed import check_group, resolve_group
+from gcl_kernels.operators import negatives
+from gcl_kernels.problem import SampleData
 from gcl_kernels.spec import (
+    ABSENT,
     DEFAULT_TEMPERATURE,
-    NORM_EPS,
     BackendName,
+    Bases,
+    BoolTable,
     ExchangeName,
     Group,
     LossSpec,
     NegativesSpec,
     OtherPositives,
+    Pairs,
     Reduction,
     SelfSimilarity,
     Table,
+    accum_dtype_of,
+    candidate_table,
     check_compute_dtype,
+    check_fusion_weights,
     check_normalize,
     check_positive,
     check_views,
     is_dtensor,
     make_loss_spec,
-    plain_number,
-    recordable,
-    refuse_dtensor,
+    resolve_compute_dtype,
+    resolve_sample_ids,
+    resolve_scale,
     view_list,
+    warn_of_temperature,
 )
 
 
@@ -97,10 +104,69 @@ def _log_ratio(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
     return log_ratio
 
 
-def _loss(views: Sequence[Tensor], spec: LossSpec, given: Arguments) -> Tensor:
-    scale, negatives_spec = prepare(views, spec.candidates, given)
-    own_pairs = spec.own_pairs
-    return _reduce(*negatives(views, scale, given.sample_ids, own_pairs, negatives_spec), spec)
+class _Arguments(NamedTuple):
+    """What every loss is given alike and hands on, as its user gave it."""
+
+    logit_scale: float | Tensor | None
+    temperature: float | Tensor | None
+    normalize: bool
+    sample_ids: Tensor | None
+    compute_dtype: torch.dtype | None
+    backend: BackendName
+    group: Group
+    exchange: ExchangeName
+
+
+def _prepare(
+    views: Sequence[Tensor],
+    candidates: BoolTable,
+    own_pairs: Pairs,
+    given: _Arguments,
+    mixed: Bases | None = None,
+) -> tuple[Tensor, SampleData, NegativesSpec]:
+    """Check the arguments that all losses share: the scale as a tensor, what samples are given
+    beside their embeddings, and the spec."""
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace: expected torch.compile or torch.export; a trace keeps this batch's "
+            "number of samples and is silently wrong for another"
+        )
+    data = SampleData(resolve_sample_ids(given.sample_ids, views[0]))
+    check_normalize(given.normalize)
+    device = views[0].device
+    compute_dtype = resolve_compute_dtype(given.compute_dtype, views)
+    scale, max_scale = resolve_scale(
+        given.logit_scale, given.temperature, device, accum_dtype_of(compute_dtype)
+    )
+    warn_of_temperature(max_scale, given.normalize)
+    backend = resolve_backend(given.backend, device, compute_dtype)
+    spec = NegativesSpec(
+        candidates,
+        own_pairs,
+        mixed,
+        given.normalize,
+        compute_dtype,
+        max_scale,
+        backend,
+        resolve_group(given.group, given.exchange, backend),
+        given.exchange,
+    )
+    return scale, data, spec
+
+
+def _loss(
+    views: Sequence[Tensor],
+    spec: LossSpec,
+    given: _Arguments,
+    fusion_weights: Sequence[float | Tensor] | None = None,
+) -> Tensor:
+    """Of views that are given, or of two with ``fusion_weights``: these and their sum."""
+    mixed = None if fusion_weights is None else (0, 1, None)
+    scale, data, static = _prepare(views, spec.candidates, spec.own_pairs, given, mixed)
+    mixing = None
+    if fusion_weights is not None:
+        mixing = _mixing(fusion_weights, scale.dtype, views[0].device)
+    return _reduce(*negatives(views, mixing, scale, data, static), spec)
 
 
 def _reduce(neg_lse: Tensor, own_logits: Tensor, sizes: Tensor | None, spec: LossSpec) -> Tensor:
@@ -154,14 +220,9 @@ def multiview_contrastive_loss(
         raise ValueError(f"views: expected at least 2, got {len(views)}")
     check_views(views, [f"views[{v}]" for v in range(len(views))])
     spec = make_loss_spec(
-        len(views),
-        pair_weights=pair_weights,
-        candidates=candidates,
-        self_similarity=self_similarity,
-        other_positives=other_positives,
-        reduction=reduction,
+        len(views), pair_weights, candidates, self_similarity, other_positives, reduction
     )
-    given = Arguments(
+    given = _Arguments(
         logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
     return _loss(views, spec, given)
@@ -182,52 +243,13 @@ def _mixing(weights: Sequence[float | Tensor], dtype: torch.dtype, device: torch
     return torch.stack([one, zero, zero, one, alpha, beta]).view(3, 2)
 
 
-def _with_fused(
-    bases: Sequence[Tensor], mixing: Tensor, spec: NegativesSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, text and fused embeddings, as score fusion has them: the sum in the accumulation
-    dtype, and a zero vector where it is normalised and too short."""
-    # The bases too: autograd then rounds the gradients of both their roads once, added.
-    e_i, e_t = (recordable(base.to(spec.accum_dtype)) for base in bases)
-    alpha, beta = mixing[2]
-    fused = alpha * e_i + beta * e_t
-    if spec.normalize:
-        too_short = torch.linalg.vector_norm(fused.detach(), dim=-1, keepdim=True) <= NORM_EPS
-        fused = fused.masked_fill(too_short, 0)
-    return e_i, e_t, fused
-
-
-def _checked_fusion_weights(
-    weights: Any, device: torch.device | None = None
-) -> tuple[float | Tensor, float | Tensor]:
-    """``weights`` as two Python numbers or tensors; raises unless they are such."""
-    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
-        raise ValueError(f"fusion_weights: expected two numbers or tensors, got {weights!r}")
-    alpha, beta = (recordable(plain_number(weight)) for weight in weights)
-    for index, weight in enumerate((alpha, beta)):
-        name = f"fusion_weights[{index}]"
-        refuse_dtensor(name, weight)
-        if isinstance(weight, Tensor):
-            if not weight.dtype.is_floating_point:
-                raise TypeError(f"{name}: expected a floating tensor, got {weight.dtype}")
-            if weight.numel() != 1 or weight.dim() > 1:
-                raise ValueError(f"{name}: expected shape [] or [1], got {list(weight.shape)}")
-            if device is not None and weight.device != device:
-                raise ValueError(f"{name}: expected device {device}, got {weight.device}")
-        elif isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(f"{name}: expected a number or a tensor, got {type(weight).__name__}")
-        elif not -math.inf < weight < math.inf:
-            raise ValueError(f"{name}: expected a finite number, got {weight}")
-    return alpha, beta
-
-
 def _gcl(
     spec: LossSpec,
     e_i: Tensor,
     e_t: Tensor,
     e_it: Tensor | None,
     fusion_weights: Sequence[float | Tensor],
-    given: Arguments,
+    given: _Arguments,
 ) -> Tensor:
     if e_it is not None:
         if isinstance(e_it, (int, float)) or isinstance(e_it, Tensor) and e_it.dim() == 0:
@@ -238,14 +260,7 @@ def _gcl(
         check_views((e_i, e_t, e_it), ("e_i", "e_t", "e_it"))
         return _loss((e_i, e_t, e_it), spec, given)
     check_views((e_i, e_t), ("e_i", "e_t"))
-    fusion_weights = _checked_fusion_weights(fusion_weights, e_i.device)
-    scale, negatives_spec = prepare((e_i, e_t), spec.candidates, given)
-    mixing = _mixing(fusion_weights, negatives_spec.accum_dtype, e_i.device)
-    rest = (scale, given.sample_ids, spec.own_pairs, negatives_spec)
-    if BACKENDS[negatives_spec.backend].fuses_scores:
-        return _reduce(*fused_negatives(e_i, e_t, mixing, (0, 1, None), *rest), spec)
-    views = _with_fused((e_i, e_t), mixing, negatives_spec)
-    return _reduce(*negatives(views, *rest), spec)
+    return _loss((e_i, e_t), spec, given, check_fusion_weights(fusion_weights, e_i.device))
 
 
 def gcl_loss(
@@ -327,15 +342,8 @@ def gcl_loss(
             ``group="world"`` without ``torch.distributed``.
         NotImplementedError: on differentiating the gradient (``backend="reference"`` can).
     """
-    spec = make_loss_spec(
-        3,
-        pair_weights=pair_weights,
-        candidates=candidates,
-        self_similarity=self_similarity,
-        other_positives=other_positives,
-        reduction=reduction,
-    )
-    given = Arguments(
+    spec = make_loss_spec(3, pair_weights, candidates, self_similarity, other_positives, reduction)
+    given = _Arguments(
         logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
     return _gcl(spec, e_i, e_t, e_it, fusion_weights, given)
@@ -362,10 +370,8 @@ def clip_loss(
     for each direction). Equals ``open_clip.ClipLoss`` on unit vectors.
     """
     check_views((e_i, e_t), ("e_i", "e_t"))
-    spec = make_loss_spec(
-        2, pair_weights=pair_weights, candidates=((False, True), (True, False)), reduction=reduction
-    )
-    given = Arguments(
+    spec = make_loss_spec(2, pair_weights, ((False, True), (True, False)), reduction=reduction)
+    given = _Arguments(
         logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
     return _loss((e_i, e_t), spec, given)
@@ -393,13 +399,61 @@ def nt_xent_loss(
     ``pair_weights`` (default 1/2 for each direction).
     """
     check_views((e_1, e_2), ("e_1", "e_2"))
-    spec = make_loss_spec(
-        2, pair_weights=pair_weights, self_similarity=self_similarity, reduction=reduction
-    )
-    given = Arguments(
+    spec = make_loss_spec(2, pair_weights, None, self_similarity, reduction=reduction)
+    given = _Arguments(
         logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )
     return _loss((e_1, e_2), spec, given)
+
+
+def neg_lse(
+    views: Sequence[Tensor],
+    logit_scale: float | Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    normalize: bool = True,
+    candidates: Table | None = None,
+    sample_ids: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+    backend: BackendName = "auto",
+    group: Group = None,
+    exchange: ExchangeName = "gather",
+) -> Tensor:
+    """Log of the summed exponentials of every anchor's logits against its negatives.
+
+    The differentiable primitive on which the losses of this package stand; build others on it.
+
+        neg_lse[a, j] = log sum_{m: candidates[a][m]} sum_{k: id_k != id_j} exp(s <z_a^j, z_m^k>)
+
+    Args:
+        views: one or more tensors [N, D], float64, float32, bfloat16 or float16, dtypes may differ.
+        logit_scale, temperature: as for :func:`gcl_kernels.gcl_loss`.
+        normalize: divide embeddings by their length (at least 1e-12) first.
+        candidates: V x V booleans, row ``a`` for anchors of view ``a``; default all true. An anchor
+            view without any candidate gets -inf.
+        sample_ids: N integers; embeddings with equal ids are no negatives of each other. Default:
+            all different.
+        compute_dtype, backend, group, exchange: as for :func:`gcl_kernels.gcl_loss`; each process
+            gets the rows of its own samples.
+
+    Returns:
+        [V, N], float32 (float64 where the products are float64), natural logarithm; -inf for an
+        anchor without negatives, with gradient 0.
+
+    Raises:
+        ValueError, TypeError: malformed arguments; the message names what was expected and given.
+        RuntimeError, NotImplementedError: as :func:`gcl_kernels.gcl_loss`.
+    """
+    views = view_list(views)
+    if not views:
+        raise ValueError("views: expected at least 1, got 0")
+    check_views(views, [f"views[{v}]" for v in range(len(views))])
+    table = candidate_table(candidates, len(views))
+    given = _Arguments(
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
+    )
+    scale, data, spec = _prepare(views, table, (), given)
+    return negatives(views, None, scale, data, spec)[0]
 
 
 class GCLLoss(nn.Module):
@@ -443,12 +497,7 @@ class GCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = make_loss_spec(
-            3,
-            pair_weights=pair_weights,
-            candidates=candidates,
-            self_similarity=self_similarity,
-            other_positives=other_positives,
-            reduction=reduction,
+            3, pair_weights, candidates, self_similarity, other_positives, reduction
         )
         temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
         temperature = check_positive("temperature", temperature)
@@ -466,7 +515,7 @@ class GCLLoss(nn.Module):
         self.temperature = temperature
         self.max_logit_scale = max_logit_scale
         self.normalize = normalize
-        self.alpha, self.beta = _checked_fusion_weights(fusion_weights)
+        self.alpha, self.beta = check_fusion_weights(fusion_weights)
         self.compute_dtype = compute_dtype
         self.backend = backend
         self.group = group
@@ -531,46 +580,20 @@ class GCLLoss(nn.Module):
             logit_scale = parameter.to(torch.promote_types(parameter.dtype, torch.float32)).exp()
         elif logit_scale is None:
             temperature = self.temperature
-        given = Arguments(
-            logit_scale,
-            temperature,
-            self.normalize,
-            sample_ids,
-            self.compute_dtype,
-            self.backend,
-            self.group,
-            self.exchange,
-        )
+        place = self.compute_dtype, self.backend, self.group, self.exchange
+        given = _Arguments(logit_scale, temperature, self.normalize, sample_ids, *place)
         return _gcl(self.spec, e_i, e_t, e_it, (self.alpha, self.beta), given)
 
     def extra_repr(self) -> str:
         """The temperature, and the options that are not the defaults."""
-        default, learnable = make_loss_spec(3), self.log_logit_scale is not None
-        fusion_weights = tuple(
+        learnable = self.log_logit_scale is not None
+        weights = tuple(
             type(weight).__name__ if isinstance(weight, Tensor) else weight
             for weight in (self.alpha, self.beta)
         )
-        options = {
-            "temperature": (self.temperature, None),
-            "learnable_scale": (learnable, False),
-            "max_logit_scale": (self.max_logit_scale, self.max_logit_scale if not learnable else 0),
-            "normalize": (self.normalize, True),
-            **{
-                name: (getattr(self.spec, name), getattr(default, name))
-                for name in (
-                    "pair_weights",
-                    "candidates",
-                    "self_similarity",
-                    "other_positives",
-                    "reduction",
-                )
-            },
-            "fusion_weights": (fusion_weights, (1.0, 1.0)),
-            "compute_dtype": (self.compute_dtype, None),
-            "backend": (self.backend, "auto"),
-            "group": (self.group, None),
-            "exchange": (self.exchange, "gather"),
-        }
-        return ", ".join(
-            f"{name}={value!r}" for name, (value, usual) in options.items() if value != usual
-        )
+        given = {**vars(self), **vars(self.spec), "fusion_weights": weights}
+        given["learnable_scale"] = learnable
+        usual = {name: of.default for name, of in inspect.signature(GCLLoss).parameters.items()}
+        usual["max_logit_scale"] = None if learnable else self.max_logit_scale
+        default = {**usual, **vars(make_loss_spec(3))}
+        return ", ".join(f"{n}={given[n]!r}" for n in usual if given[n] != default[n])

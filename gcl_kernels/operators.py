@@ -1,9 +1,12 @@
-"""What the operators of this package share: their library, their conventions, and when their
-bodies run directly."""
+"""The operators that ``torch.compile`` sees, ``gcl_kernels::neg_lse`` and its backward, and the
+``torch.autograd.Function`` of the two passes.
+
+What is static of a call is one argument, the text of a :class:`NegativesSpec`; what a backward pass
+needs is a list of tensors with one order, :func:`passes.backward`'s ``saved``.
+"""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -14,23 +17,122 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from gcl_kernels.spec import recordable
+from gcl_kernels import passes
+from gcl_kernels.backends import reference
+from gcl_kernels.dispatch import BACKENDS
+from gcl_kernels.distributed import empty_agreement
+from gcl_kernels.problem import Embedded, SampleData
+from gcl_kernels.roads.fused import formed
+from gcl_kernels.spec import NegativesSpec, parse_spec, recordable
 
 LIBRARY = torch.library.Library("gcl_kernels", "DEF")
+LIBRARY.define(
+    "neg_lse(Tensor[] bases, Tensor? mixing, Tensor scale, Tensor?[] data, str spec, "
+    "bool[] needs_grad) -> (Tensor neg_lse, Tensor own_logits, Tensor z, Tensor inverse, "
+    "Tensor lengths, Tensor coefficients, Tensor dots, Tensor kept, Tensor agreement)"
+)
+LIBRARY.define(
+    "neg_lse_backward(Tensor[] bases, Tensor scale, Tensor?[] data, Tensor[] saved, "
+    "Tensor grad_neg_lse, Tensor grad_own_logits, str spec, bool[] needs_grad) -> Tensor[]"
+)
 
 
-def operator(name: str, body: Callable[..., Any], *tensors: Tensor | None) -> Callable[..., Any]:
+def _from_text(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of an operator, which has a spec as text."""
+
+    def parsed(*arguments: Any) -> Any:
+        *tensors, text, needs_grad = arguments
+        return function(*tensors, parse_spec(text), needs_grad)
+
+    return parsed
+
+
+def _forward_fake(
+    bases: Sequence[Tensor],
+    mixing: Tensor | None,
+    scale: Tensor,
+    data: passes.Data,
+    spec: NegativesSpec,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    num_views, num_samples = len(spec.candidates), bases[0].shape[0]
+    embedded = Embedded.empty(bases, scale, spec)
+    kept = passes.make_road(spec, needs_grad, embedded, data).empty_kept(scale)
+    return (
+        scale.new_empty(num_views, num_samples),
+        scale.new_empty(num_views, num_views, num_samples),
+        *embedded,
+        kept,
+        empty_agreement(scale, spec.group),
+    )
+
+
+def _backward_fake(bases: Sequence[Tensor], scale: Tensor, *rest: Any) -> list[Tensor]:
+    *_, spec, needs_grad = rest
+    grads = [
+        base.new_empty(base.shape) if needs else scale.new_empty(0)
+        for base, needs in zip(bases, needs_grad, strict=False)
+    ]
+    mixing = scale.new_empty((len(spec.candidates), 2) if needs_grad[-2] else 0)
+    return [*grads, mixing, scale.new_empty(())]
+
+
+def _refuse(reason: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"gcl_kernels: {reason}")
+
+    return refuse
+
+
+for _name, _body, _fake, _reason in (
+    (
+        "neg_lse",
+        passes.forward,
+        _forward_fake,
+        "the gradient belongs to the loss functions; their operators alone, as a program of "
+        "torch.export holds them, have none",
+    ),
+    (
+        "neg_lse_backward",
+        passes.backward,
+        _backward_fake,
+        "the gradient of the gradient exists with backend='reference' only",
+    ),
+):
+    LIBRARY.impl(_name, _from_text(_body), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gcl_kernels::{_name}", _from_text(_fake), lib=LIBRARY)
+    # PyTorch would warn, and leave the gradient out.
+    torch.library.register_autograd(f"gcl_kernels::{_name}", _refuse(_reason), lib=LIBRARY)
+
+
+def _call(
+    name: str, body: Callable[..., Any], arguments: tuple[Any, ...], spec: Any, needs: list[bool]
+) -> Any:
     """``gcl_kernels::name``, or its body where nothing traces, counts or differentiates it.
 
     The dispatcher's way to a Python operator costs 25 us; a small batch's products take 50.
+
+    Args:
+        spec: a :class:`NegativesSpec`, or its text while ``torch.compile`` traces.
     """
     compiling = torch.compiler.is_compiling()
     watched = compiling or torch.is_grad_enabled() or is_in_torch_dispatch_mode()
-    if not watched and all(type(t) in (Tensor, torch.nn.Parameter, type(None)) for t in tensors):
-        return body
+    if not watched and all(map(_is_plain, arguments)):
+        return body(*arguments, spec, needs)
     if not compiling and "torch.utils.flop_counter" in sys.modules:
         import_module("gcl_kernels.flops").inform_counters()
-    return getattr(torch.ops.gcl_kernels, name)
+    text = spec if isinstance(spec, str) else spec.text()
+    return getattr(torch.ops.gcl_kernels, name)(*arguments, text, needs)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _is_plain(argument: Any) -> bool:
+    """Whether it is a tensor without a will of its own, or a sequence of such, or None."""
+    if isinstance(argument, (list, tuple)):
+        return all(type(tensor) in _PLAIN for tensor in argument)
+    return type(argument) in _PLAIN
 
 
 def refuse_transforms(*tensors: Tensor) -> None:
@@ -51,13 +153,7 @@ def refuse_transforms(*tensors: Tensor) -> None:
         )
 
 
-def needing_grad(*tensors: Tensor) -> list[bool]:
-    """Which of them autograd would ask a gradient of, were it to record this moment."""
-    recorded = torch.is_grad_enabled()
-    return [recorded and tensor.requires_grad for tensor in tensors]
-
-
-def distinct(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def _distinct(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     """A view in place of each tensor that came before: while ``torch.compile`` traces, an
     ``autograd.Function`` takes none twice."""
     if not torch.compiler.is_compiling():
@@ -68,71 +164,96 @@ def distinct(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     ]
 
 
-def refuse_backward(name: str, reason: str) -> None:
-    """Make differentiating the operator ``gcl_kernels::name`` an error: PyTorch would warn, and
-    leave the gradient out."""
-
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"gcl_kernels: {reason}")
-
-    torch.library.register_autograd(f"gcl_kernels::{name}", refuse, lib=LIBRARY)
-
-
-NO_OWN_GRADIENT = (
-    "the gradient belongs to the loss functions; their operators alone, as a program of "
-    "torch.export holds them, have none"
-)
-NO_DOUBLE_BACKWARD = "the gradient of the gradient exists with backend='reference' only"
-
-
-OwnPairs = tuple[tuple[int, int], ...]
-
-
-def unflatten(flat: Sequence[Any], width: int) -> tuple[tuple[Any, ...], ...]:
-    """Rows of ``width`` entries: an operator's arguments are flat."""
-    return tuple(tuple(flat[i : i + width]) for i in range(0, len(flat), width))
-
-
-def known_scale(scale: Tensor, max_scale: float | None) -> float | None:
-    """The scale's value where the host has it without waiting for a device."""
-    if max_scale is None and scale.device.type == "cpu":
-        # An operator's body runs on the CPU here: it reads an operand where it lies.
-        return float(scale)
-    return max_scale
-
-
-def needed_views(views: Sequence[Tensor], z: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def _needed(bases: Sequence[Tensor], z: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     """Those that a backward pass reads beside ``z``: none where ``z`` holds them unrounded, whose
     rows then stand for them."""
-    dtype = z.dtype
-    if dtype == scale.dtype and all(view.dtype == dtype for view in views):
+    if z.dtype == scale.dtype and all(base.dtype == z.dtype for base in bases):
         return ()
-    return tuple(map(recordable, views))
+    return tuple(map(recordable, bases))
 
 
-def finite_scale(scale: Tensor, max_scale: float | None) -> Tensor:
-    """The scale; NaN for an infinite one, whose logits of -inf would pass for candidates of weight
-    zero."""
-    if max_scale is not None:
-        return scale
-    if scale.device.type == "cpu":
-        return scale if math.isfinite(scale) else torch.full_like(scale, torch.nan)
-    return torch.add(scale, scale, alpha=0)  # inf + 0 * inf
+_NUM_DATA = len(SampleData._fields)
 
 
-def subtractable(neg_lse: Tensor) -> Tensor:
-    """``neg_lse`` with +inf for -inf: exp(x - inf) = 0, so that a row without a negative has no
-    weights, whatever its masked x are."""
-    return neg_lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
+class NegLSE(torch.autograd.Function):
+    """(spec, needs_grad, *data, mixing, scale, *bases) -> (neg_lse [V, N], own_logits [V, V, N]),
+    and of a group agreement [W + 1]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: NegativesSpec | str, needs_grad: list[bool], *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        data, (mixing, scale, *bases) = inputs[:_NUM_DATA], inputs[_NUM_DATA:]
+        given = (bases, mixing, scale, data)
+        neg_lse, own_logits, *saved = _call("neg_lse", passes.forward, given, spec, needs_grad)
+        kept_bases = _needed(bases, saved[0], scale)
+        ctx.save_for_backward(*data, scale, *saved, neg_lse, *kept_bases)
+        # As the forward pass was told, whatever is asked for now: its tiles are of these blocks.
+        ctx.spec, ctx.needs_grad, ctx.num_saved = spec, needs_grad, len(saved) + 1
+        # Without a group there is no agreement, and an output costs some microseconds.
+        *_, agreement = saved
+        return (neg_lse, own_logits, agreement) if len(agreement) else (neg_lse, own_logits)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_neg_lse: Tensor, grad_own_logits: Tensor, *grad_agreement: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        refuse_transforms(grad_neg_lse, grad_own_logits)
+        # Read once: checkpointing unpacks what is saved no second time.
+        tensors = ctx.saved_tensors
+        data, (scale, *rest) = tensors[:_NUM_DATA], tensors[_NUM_DATA:]
+        # Backends read by address, and saved tensors may come back from a hook in another layout.
+        data = [None if of is None else of.contiguous() for of in data]
+        saved = [of.contiguous() for of in rest[: ctx.num_saved]]
+        bases = rest[ctx.num_saved :] or saved[0].unbind(0)
+        given = (bases, scale, data, saved, grad_neg_lse, grad_own_logits)
+        *grads, grad_mixing, grad_scale = (
+            grad if needs else None
+            for grad, needs in zip(
+                _call("neg_lse_backward", passes.backward, given, ctx.spec, ctx.needs_grad),
+                ctx.needs_grad,
+                strict=True,
+            )
+        )
+        return *(None,) * (2 + _NUM_DATA), grad_mixing, grad_scale, *grads
 
 
-def weight_unit(grad: Tensor, compute_dtype: torch.dtype) -> Tensor | None:
-    """The unit in which weights made from ``grad`` are stored; None: 1.
+def negatives(
+    bases: Sequence[Tensor],
+    mixing: Tensor | None,
+    scale: Tensor,
+    data: SampleData,
+    spec: NegativesSpec,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``neg_lse`` [V, N]; ``own_logits`` [V, V, N]: ``s <z_a^j, z_b^j>``, ``ABSENT`` where the pair
+    was not asked for; and the numbers of samples of all processes [W], None of one alone.
 
-    Weights are about 1 / M^2; below 6e-8 float16 has no numbers. At most 2 * 2^10 is far below its
-    largest.
+    Args:
+        bases: the views, or the two embeddings of which ``mixing`` [V, 2] makes them, in the
+            accumulation dtype and with gradient where it is no constant.
     """
-    if compute_dtype != torch.float16:
-        return None
-    unit = grad.abs().amax().mul_(2**-10)
-    return torch.where(unit > 0, unit, 1.0)
+    if mixing is not None and not BACKENDS[spec.backend].fuses_scores:
+        bases, mixing, spec = formed(bases, mixing, spec), None, spec._replace(mixed=None)
+    if spec.backend == "reference":
+        return *reference.negatives(bases, scale, data, spec), None
+    inputs = (*bases, scale) if mixing is None else (*bases, mixing, scale)
+    refuse_transforms(*inputs)
+    static = spec.text() if torch.compiler.is_compiling() else spec
+    recorded = torch.is_grad_enabled()
+    needs_grad = [
+        recorded and tensor is not None and tensor.requires_grad
+        for tensor in (*bases, mixing, scale)
+    ]
+    if any(needs_grad):
+        neg_lse, own_logits, *agreement = NegLSE.apply(
+            static, needs_grad, *map(recordable, data), mixing, scale, *_distinct(bases)
+        )
+    else:
+        # No node of the graph; for Dynamo no Function, to which it gives a context at times only.
+        with torch.no_grad():
+            given = (bases, mixing, scale, data)
+            neg_lse, own_logits, *agreement = _call(
+                "neg_lse", passes.forward, given, static, needs_grad
+            )
+        agreement = agreement[-1:] if spec.group else []
+    return neg_lse, own_logits, agreement[0][:-1] if agreement else None

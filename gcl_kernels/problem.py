@@ -1,4 +1,4 @@
-"""What the block functions of every backend read and write, and the product they share.
+"""What the block functions of every backend read and write.
 
 ``Problem`` names two sets of rows. Within a process they are one and the same; of two processes
 that hold shards of a batch one takes its own as rows and the other's as columns.
@@ -7,14 +7,15 @@ that hold shards of a batch one takes its own as rows and the other's as columns
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gcl_kernels.blocks import Block
-from gcl_kernels.spec import HALF_DTYPES, BoolTable
+from gcl_kernels.spec import Bases, BoolTable, NegativesSpec
 
 KEPT_ELEMENTS = 7 * 1024 * 1024
 """Products whose tiles may stay in memory between the passes: 28 MiB of float32, whatever the size
@@ -25,12 +26,64 @@ more than the product where D is 256 or less, measured."""
 
 def empty_kept(num_products: int, scale: Tensor) -> Tensor:
     """Memory for tiles that stay between the passes, where there are so many products."""
-    return scale.new_empty(torch.sym_min(num_products, KEPT_ELEMENTS))
+    least = min if isinstance(num_products, int) else torch.sym_min
+    return scale.new_empty(least(num_products, KEPT_ELEMENTS))
 
 
-@dataclass(frozen=True)
+class SampleData(NamedTuple):
+    """What a call is given of each sample beside its embeddings: constants whose last dimension is
+    the samples. Operators take them as a list, and they travel to other processes.
+
+    Attributes:
+        sample_ids: int64 [N], or None: all samples are different.
+    """
+
+    sample_ids: Tensor | None = None
+
+    def given(self) -> list[Tensor]:
+        """Those that there are."""
+        return [of for of in self if of is not None]
+
+    def like(self, given: Sequence[Tensor]) -> SampleData:
+        """Of other samples, what their :meth:`given` returned."""
+        others = iter(given)
+        return SampleData(*(None if of is None else next(others) for of in self))
+
+
+class Embedded(NamedTuple):
+    """What the losses' O(M D) side makes of ``B`` bases, for ``V`` views of ``N`` samples.
+
+    Attributes:
+        z: unit vectors of the bases [B, N, D] in the compute dtype, contiguous.
+        inverse: ``1 / max(|e|, eps)`` of the bases [B, N], empty without ``normalize``.
+        lengths: of the views [V, N], empty without ``normalize``.
+        coefficients: how views are made of two bases [V, 2, N]; empty where they are given.
+        dots: the bases' own-sample similarities [B, B, N]; zero where ``base_pairs`` has none.
+    """
+
+    z: Tensor
+    inverse: Tensor
+    lengths: Tensor
+    coefficients: Tensor
+    dots: Tensor
+
+    @classmethod
+    def empty(cls, bases: Sequence[Tensor], scale: Tensor, spec: NegativesSpec) -> Embedded:
+        """Memory for it. ``scale`` is in the accumulation dtype."""
+        num_bases, num_views, (num_samples, dim) = len(bases), len(spec.candidates), bases[0].shape
+        with_lengths = num_samples if spec.normalize else 0
+        return cls(
+            scale.new_empty(num_bases, num_samples, dim, dtype=spec.compute_dtype),
+            scale.new_empty(num_bases, with_lengths),
+            scale.new_empty(num_views, with_lengths),
+            scale.new_empty(num_views, 2, 0 if spec.mixed is None else num_samples),
+            scale.new_empty(num_bases, num_bases, num_samples),
+        )
+
+
+@dataclass(eq=False)  # frozen it would take three times as long to make, twice a step
 class Problem:
-    """The inputs of a pass.
+    """The inputs of a pass over views that are given.
 
     Attributes:
         z_rows, z_cols: embeddings [M, D] and [K, D] in the compute dtype, contiguous.
@@ -58,8 +111,8 @@ class Problem:
         return self.scale.dtype
 
 
-@dataclass(frozen=True)
-class FusedProblem:
+@dataclass(eq=False)
+class FusedProblem(Problem):
     """The inputs of a pass over views that are linear combinations of two base embeddings.
 
         z_v^j = sum_b coefficients[v, b, j] z_b^j           x(v,j; w,k) = s <z_v^j, z_w^k>
@@ -68,41 +121,25 @@ class FusedProblem:
     of all V x V pairs of views.
 
     Attributes:
-        z_rows, z_cols: base embeddings [2, N, D], [2, K, D] in the compute dtype, contiguous.
+        z_rows, z_cols: base embeddings [2, N, D], [2, K, D]; ids [N], [K]; ``unit_rows`` speaks of
+            the V views.
         coefficients_rows, coefficients_cols: [V, 2, N], [V, 2, K] in the accumulation dtype,
             contiguous.
         bases: for each view the base that it is (its coefficients are one and zero), or None.
         candidates: V x V, ``[v][w]``: the other samples of view w are negatives of view v.
-        ids_rows, ids_cols: sample ids [N], [K], contiguous, or None for the default ids.
-        scale, max_scale, unit_rows: as in :class:`Problem`; ``unit_rows`` speaks of the V views.
     """
 
-    z_rows: Tensor
-    z_cols: Tensor
     coefficients_rows: Tensor
     coefficients_cols: Tensor
-    bases: tuple[int | None, ...]
+    bases: Bases
     candidates: BoolTable
-    ids_rows: Tensor | None
-    ids_cols: Tensor | None
-    scale: Tensor
-    max_scale: float | None
-    unit_rows: bool
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.z_rows.dtype
-
-    @property
-    def accum_dtype(self) -> torch.dtype:
-        return self.scale.dtype
 
 
 MAX_BOUNDED_SCALE = 40.0
 """exp(-2 s) and exp(2 s) stay normal float32 numbers (e^-87 to e^88) with room for the sums."""
 
 
-def bounded(problem: Problem | FusedProblem) -> bool:
+def bounded(problem: Problem) -> bool:
     """Whether ``|x| <= s`` is known on the host, and ``exp(+-2 s)`` is harmless: ``s`` may then
     stand for every maximum."""
     scale = problem.max_scale
@@ -120,7 +157,7 @@ class RowStats:
     sum: Tensor
 
 
-def empty_stats(problem: Problem | FusedProblem, z: Tensor) -> RowStats:
+def empty_stats(problem: Problem, z: Tensor) -> RowStats:
     """The statistics without a logit of the embeddings ``z``: the problem's rows, or columns."""
     if isinstance(problem, FusedProblem):
         shape: tuple[int, ...] = (len(problem.bases), z.shape[1])
@@ -129,6 +166,22 @@ def empty_stats(problem: Problem | FusedProblem, z: Tensor) -> RowStats:
     # Finite, so that a row which stays without a logit subtracts no infinities.
     start = problem.max_scale if bounded(problem) else torch.finfo(problem.accum_dtype).min
     return RowStats(problem.scale.new_full(shape, start), problem.scale.new_zeros(shape))
+
+
+class Lines(NamedTuple):
+    """Of rows, or of columns, in a backward pass. Where both are the same so are these tensors.
+
+    Attributes:
+        lse: ``neg_lse``, :func:`subtractable`: [M], or [V, N] of a :class:`FusedProblem`.
+        grad: its gradient.
+        sums: what a pass adds up, in the accumulation dtype: ``H z`` [M, D], or ``R`` [2, N, D].
+        inner: ``U`` [V, 2, N] of a :class:`FusedProblem`, to which its weights add; else empty.
+    """
+
+    lse: Tensor
+    grad: Tensor
+    sums: Tensor
+    inner: Tensor
 
 
 PITCH_MULTIPLE = 16
@@ -201,63 +254,31 @@ def _pitch(cols: int) -> int:
     return -(-cols // PITCH_MULTIPLE) * PITCH_MULTIPLE
 
 
-def neg_lse_by_blocks(
-    block_stats: Callable[..., None],
-    problem: Problem | FusedProblem,
-    plan: Sequence[Block],
-    kept: Tensor,
-    leading: tuple[int, ...] = (),
-) -> tuple[Tensor, Tensor]:
-    """``neg_lse`` of all rows and of all columns (one tensor where they are the same), from a
-    backend's statistics of the plan's blocks. The tiles that fit into ``kept`` are there, zeros in
-    the rest."""
-    workspace = Workspace(problem.z_rows.device, plan, kept, leading)
-    rows = cols = empty_stats(problem, problem.z_rows)
-    if problem.z_cols is not problem.z_rows:
-        cols = empty_stats(problem, problem.z_cols)
-    for block in plan:
-        block_stats(problem, block, rows, cols, workspace)
-    kept[workspace.kept_elements :].zero_()  # an operator's result must not be left to chance
-    of_rows = rows.sum.log_().add_(rows.max)
-    return of_rows, of_rows if cols is rows else cols.sum.log_().add_(cols.max)
+def known_scale(scale: Tensor, max_scale: float | None) -> float | None:
+    """The scale's value where the host has it without waiting for a device."""
+    if max_scale is None and scale.is_cpu:
+        # An operator's body runs on the CPU here: it reads an operand where it lies.
+        return float(scale)
+    return max_scale
 
 
-def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``out = a @ b`` in ``out``'s dtype, which is float32 for half operands (CUDA only)."""
-    if a.dtype in HALF_DTYPES:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a, b, out=out)
+def finite_scale(scale: Tensor, max_scale: float | None) -> Tensor:
+    """The scale; NaN for an infinite one, whose logits of -inf would pass for candidates of weight
+    zero."""
+    if max_scale is not None:
+        return scale
+    if scale.is_cpu:
+        return scale if math.isfinite(scale) else torch.full_like(scale, torch.nan)
+    return torch.add(scale, scale, alpha=0)  # inf + 0 * inf
+
+
+def subtractable(neg_lse: Tensor) -> Tensor:
+    """``neg_lse`` with +inf for -inf: exp(x - inf) = 0, so that a row without a negative has no
+    weights, whatever its masked x are."""
+    return neg_lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=torch.inf)
 
 
 def allows_tf32() -> bool:
     """Whether PyTorch lets float32 products on a GPU take TF32, by whichever of its settings
     (``torch.get_float32_matmul_precision`` raises where its newer ones were used)."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """``accumulator += a @ b`` in the accumulator's dtype."""
-    if a.dtype in HALF_DTYPES:
-        torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
-    else:
-        accumulator.addmm_(a, b)
-
-
-def fused_products(
-    problem: FusedProblem,
-    block: Block,
-    workspace: Workspace,
-    product: Callable[[Tensor, Tensor, Tensor], Tensor],
-) -> Tensor:
-    """``y_bc = <z_b^j, z_c^k>`` of a block over samples: [2, 2, P, Q], in its kept tile or in
-    workspace slot 0."""
-    y = workspace.kept(block)
-    if y is None:
-        y = workspace.tile(0, (2, 2, *block.shape), problem.accum_dtype)
-    for b in range(2):
-        for c in range(2):
-            if block.diagonal and b > c:
-                y[b, c].copy_(y[c, b].t())
-            else:
-                product(problem.z_rows[b, block.rows], problem.z_cols[c, block.cols].t(), y[b, c])
-    return y

@@ -8,12 +8,13 @@ device nor break a ``torch.compile`` graph.
 
 from __future__ import annotations
 
+import ast
 import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -29,11 +30,17 @@ DEFAULT_TEMPERATURE = 0.07
 NORM_EPS = 1e-12
 """``z = e / max(|e|, NORM_EPS)``: the constant of ``torch.nn.functional.normalize``."""
 
+ABSENT = -1e38
+"""The own-sample logit of a pair that was not asked for: exp is zero, and unlike -inf it may be
+multiplied by a zero weight and leaves every logsumexp a finite term."""
+
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 BoolTable = tuple[tuple[bool, ...], ...]
 FloatTable = tuple[tuple[float, ...], ...]
+Pairs = tuple[tuple[int, int], ...]
+Bases = tuple[int | None, ...]
 
 
 class Array(Protocol):
@@ -52,17 +59,22 @@ BackendName = Literal["auto", "reference", "tiled", "cpu", "triton", "cuda"]
 ExchangeName = Literal["gather", "ring"]
 
 
-@dataclass(frozen=True)
-class NegativesSpec:
-    """What ``neg_lse`` needs to know beyond its tensors.
+def accum_dtype_of(compute_dtype: torch.dtype) -> torch.dtype:
+    """float64 where the products are float64, else float32."""
+    return torch.float64 if compute_dtype == torch.float64 else torch.float32
+
+
+class NegativesSpec(NamedTuple):
+    """All that is static of a call. ``text`` is its form as an operator's argument.
 
     Attributes:
         candidates: ``candidates[a][m]`` says whether anchors of view ``a`` meet the other samples
             of view ``m``. Rows of views that anchor nothing are all false.
+        own_pairs: the pairs of views ``(a, b)``, ``a <= b``, whose own-sample logits are needed.
+        mixed: None where the views are given. Else they are made of two bases (score fusion): for
+            each view the base that it is, or None for a combination.
         normalize: divide every embedding by its length first.
         compute_dtype: dtype of the operands of the matrix products.
-        accum_dtype: dtype of norms, logits, statistics and gradient accumulators: float64 where
-            the products are float64, else float32.
         max_scale: the logit scale where it is a Python number, else None. It lets a backend prove
             a bound on the logits without reading a tensor.
         backend: a name of ``dispatch.BACKENDS``, already resolved.
@@ -71,13 +83,45 @@ class NegativesSpec:
     """
 
     candidates: BoolTable
+    own_pairs: Pairs
+    mixed: Bases | None
     normalize: bool
     compute_dtype: torch.dtype
-    accum_dtype: torch.dtype
     max_scale: float | None
     backend: str
     group: str = ""
     exchange: str = "gather"
+
+    @property
+    def accum_dtype(self) -> torch.dtype:
+        """Of norms, logits, statistics and gradient accumulators."""
+        return accum_dtype_of(self.compute_dtype)
+
+    @property
+    def bases(self) -> Bases:
+        """For each view the base that it is, or None for a combination of the two bases."""
+        return tuple(range(len(self.candidates))) if self.mixed is None else self.mixed
+
+    @property
+    def base_pairs(self) -> Pairs:
+        """The pairs of bases whose own-sample similarities are needed."""
+        return self.own_pairs if self.mixed is None else ((0, 0), (0, 1), (1, 1))
+
+    @property
+    def pairs_itself(self) -> bool:
+        """Whether some view is paired with itself."""
+        return any(a == b for a, b in self.own_pairs)
+
+    def text(self) -> str:
+        return repr(tuple(str(of) if isinstance(of, torch.dtype) else of for of in self))
+
+
+@lru_cache(maxsize=256)
+def parse_spec(text: str) -> NegativesSpec:
+    """What :meth:`NegativesSpec.text` was made of."""
+    spec = NegativesSpec(*ast.literal_eval(text))
+    name = str(spec.compute_dtype).removeprefix("torch.")
+    return spec._replace(compute_dtype=getattr(torch, name))
 
 
 @dataclass(frozen=True)
@@ -101,7 +145,7 @@ class LossSpec:
     self_similarity: str
     other_positives: str
     reduction: str
-    own_pairs: tuple[tuple[int, int], ...]
+    own_pairs: Pairs
 
     @property
     def num_views(self) -> int:
@@ -163,10 +207,10 @@ def view_list(views: Any) -> list[Any]:
     return list(views)
 
 
-def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
-    """Raise unless ``sample_ids`` is None or N integers on the embeddings' device."""
+def resolve_sample_ids(sample_ids: Tensor | None, like: Tensor) -> Tensor | None:
+    """``sample_ids`` as int64; raises unless it is None or N integers on the embeddings' device."""
     if sample_ids is None:
-        return
+        return None
     if not isinstance(sample_ids, Tensor):
         raise TypeError(
             f"sample_ids: expected an integer tensor of shape [N], got {type(sample_ids).__name__}"
@@ -179,6 +223,23 @@ def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"sample_ids: expected shape [{like.shape[0]}], got {_shape(sample_ids)}")
     if sample_ids.device != like.device:
         raise ValueError(f"sample_ids: expected device {like.device}, got {sample_ids.device}")
+    return sample_ids.to(torch.int64).contiguous()
+
+
+def check_scalar_tensor(name: str, value: Any, device: torch.device | None) -> None:
+    """Raise if it is a tensor, and not a floating one of shape [] or [1] on this device (None: any
+    device)."""
+    refuse_dtensor(name, value)
+    if not isinstance(value, Tensor):
+        return
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
+    if value.numel() != 1 or value.dim() > 1:
+        raise ValueError(f"{name}: expected shape [] or [1], got {_shape(value)}")
+    if device is not None and value.device != device:
+        raise ValueError(
+            f"{name}: expected device {device} like the embeddings, got {value.device}"
+        )
 
 
 def resolve_scale(
@@ -203,16 +264,8 @@ def resolve_scale(
     value = logit_scale if logit_scale is not None else temperature
     if value is None:
         value = DEFAULT_TEMPERATURE
-    refuse_dtensor(name, value)
+    check_scalar_tensor(name, value, device)
     if isinstance(value, Tensor):
-        if not value.dtype.is_floating_point:
-            raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
-        if value.numel() != 1 or value.dim() > 1:
-            raise ValueError(f"{name}: expected shape [] or [1], got {_shape(value)}")
-        if value.device != device:
-            raise ValueError(
-                f"{name}: expected device {device} like the embeddings, got {value.device}"
-            )
         value = recordable(value)
         # A [] tensor as it is: reshaping it would add a node to the graph.
         scale = (value.reshape(()) if value.dim() else value).to(accum_dtype)
@@ -287,10 +340,10 @@ def check_normalize(normalize: Any) -> None:
         raise TypeError(f"normalize: expected True or False, got {normalize!r}")
 
 
-def resolve_dtypes(
+def resolve_compute_dtype(
     compute_dtype: torch.dtype | None, views: Sequence[Tensor]
-) -> tuple[torch.dtype, torch.dtype]:
-    """``(compute_dtype, accum_dtype)``: the argument, else autocast's, else the inputs'.
+) -> torch.dtype:
+    """The argument, else autocast's, else the inputs' dtype.
 
     Half types are multiplied as such on CUDA devices only, where the products accumulate and
     return float32; elsewhere they compute in float32.
@@ -310,9 +363,27 @@ def resolve_dtypes(
     else:
         check_compute_dtype(compute_dtype)
     if compute_dtype in HALF_DTYPES and device_type != "cuda":
-        compute_dtype = torch.float32
-    accum_dtype = torch.float64 if compute_dtype == torch.float64 else torch.float32
-    return compute_dtype, accum_dtype
+        return torch.float32
+    return compute_dtype
+
+
+def check_fusion_weights(
+    weights: Any, device: torch.device | None = None
+) -> tuple[float | Tensor, float | Tensor]:
+    """``weights`` as two Python numbers or tensors; raises unless they are such."""
+    if not isinstance(weights, (tuple, list)) or len(weights) != 2:
+        raise ValueError(f"fusion_weights: expected two numbers or tensors, got {weights!r}")
+    alpha, beta = (recordable(plain_number(weight)) for weight in weights)
+    for index, weight in enumerate((alpha, beta)):
+        name = f"fusion_weights[{index}]"
+        check_scalar_tensor(name, weight, device)
+        if isinstance(weight, Tensor):
+            continue
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(f"{name}: expected a number or a tensor, got {type(weight).__name__}")
+        if not -math.inf < weight < math.inf:
+            raise ValueError(f"{name}: expected a finite number, got {weight}")
+    return alpha, beta
 
 
 def _rows(name: str, value: Any, num_views: int, entry: str) -> list[list[Any]]:
@@ -350,6 +421,13 @@ def bool_table(name: str, value: Any, num_views: int) -> BoolTable:
     return tuple(tuple(bool(entry) for entry in row) for row in rows)
 
 
+def candidate_table(value: Any, num_views: int) -> BoolTable:
+    """``candidates`` as given by a user; default all true."""
+    if value is None:
+        return ((True,) * num_views,) * num_views
+    return bool_table("candidates", value, num_views)
+
+
 def weight_table(name: str, value: Any, num_views: int) -> FloatTable:
     """``pair_weights`` as a V x V tuple of floats that sum to 1."""
     rows = _rows(name, value, num_views, "numbers")
@@ -378,7 +456,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 def _own_pairs(
     candidates: BoolTable, weights: FloatTable, self_similarity: str, other_positives: str
-) -> tuple[tuple[int, int], ...]:
+) -> Pairs:
     size = len(candidates)
     pairs = []
     for a in range(size):
@@ -394,7 +472,6 @@ def _own_pairs(
 
 def make_loss_spec(
     num_views: int,
-    *,
     pair_weights: Table | None = None,
     candidates: Table | None = None,
     self_similarity: SelfSimilarity = "mask",
@@ -413,29 +490,26 @@ def make_loss_spec(
     check_choice("self_similarity", self_similarity, get_args(SelfSimilarity))
     check_choice("other_positives", other_positives, get_args(OtherPositives))
     check_choice("reduction", reduction, get_args(Reduction))
-    views = range(num_views)
-    if pair_weights is None:
-        uniform = 1.0 / (num_views * (num_views - 1))
-        weights = tuple(tuple(0.0 if a == b else uniform for b in views) for a in views)
-    else:
+    weights = None
+    if pair_weights is not None:
         weights = weight_table("pair_weights", pair_weights, num_views)
-    if candidates is None:
-        table = tuple(tuple(True for _ in views) for _ in views)
-    else:
-        table = bool_table("candidates", candidates, num_views)
+    table = candidate_table(candidates, num_views)
     # Dynamo traces through the cache, and warns.
     build = _loss_spec if torch.compiler.is_compiling() else _known_loss_spec
     return build(weights, table, self_similarity, other_positives, reduction)
 
 
 def _loss_spec(
-    weights: FloatTable,
+    weights: FloatTable | None,
     table: BoolTable,
     self_similarity: str,
     other_positives: str,
     reduction: str,
 ) -> LossSpec:
-    views = range(len(weights))
+    views = range(len(table))
+    if weights is None:
+        uniform = 1.0 / (len(table) * (len(table) - 1))
+        weights = tuple(tuple(0.0 if a == b else uniform for b in views) for a in views)
     anchors = [any(w > 0 for w in weights[a]) for a in views]
     for a in views:
         if anchors[a] and not any(table[a]):

@@ -8,15 +8,16 @@ an emulated GPU. ``test_kernels`` holds what every such backend must do, ``test_
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from interpreter import HAS_TRITON, INTERPRETED
 from torch import Tensor
 
-from gcl_kernels.backends import cuda, triton
+from gcl_kernels.backends import cuda
+from gcl_kernels.backends.base import Backend
 from gcl_kernels.blocks import Block, Samples, plan_blocks, plan_rectangle
-from gcl_kernels.problem import FusedProblem, Problem, Workspace, allows_tf32, empty_stats
+from gcl_kernels.dispatch import BACKENDS
+from gcl_kernels.problem import FusedProblem, Lines, Problem, Workspace, allows_tf32, empty_stats
 from gcl_kernels.spec import BoolTable
 
 EMULATED = cuda._cuda is not None and cuda._cuda.device_type == "cpu"
@@ -32,7 +33,7 @@ class Kernels:
     """
 
     name: str
-    backend: ModuleType
+    backend: Backend
     device: str
     available: bool
     rounding: dict[torch.dtype, float]
@@ -40,7 +41,7 @@ class Kernels:
 
 TRITON = Kernels(
     "triton",
-    triton,
+    BACKENDS["triton"],
     "cpu" if INTERPRETED else "cuda",
     HAS_TRITON and (INTERPRETED or torch.cuda.is_available()),
     # The interpreter cuts bfloat16 off.
@@ -48,9 +49,9 @@ TRITON = Kernels(
 )
 CUDA = Kernels(
     "cuda",
-    cuda,
+    BACKENDS["cuda"],
     "cpu" if EMULATED else "cuda",
-    cuda.why_unavailable() is None,
+    BACKENDS["cuda"].why_unavailable() is None,
     {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11},
 )
 
@@ -188,10 +189,9 @@ def fused_problem(kernels: Kernels, case: Case, dtype: torch.dtype) -> FusedProb
     ids = random_ids(case, generator)
     z, coefficients = z.to(kernels.device), coefficients.to(kernels.device)
     ids = None if ids is None else ids.to(kernels.device)
-    return FusedProblem(
-        z, z, coefficients, coefficients, case.bases[:num_views], case.candidates, ids, ids,
-        torch.tensor(case.scale, dtype=torch.float32, device=kernels.device), None, case.unit_rows,
-    )  # fmt: skip
+    scale = torch.tensor(case.scale, dtype=torch.float32, device=kernels.device)
+    of_views = coefficients, coefficients, case.bases[:num_views], case.candidates
+    return FusedProblem(z, z, ids, ids, scale, None, case.unit_rows, *of_views)
 
 
 def random_grad(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -258,12 +258,16 @@ def fused_dense(
     )
 
 
+def lines_of(lse: Tensor, grad: Tensor, inner: Tensor | None = None) -> Lines:
+    """What block functions read of rows or columns; they add to ``inner`` alone."""
+    nothing = lse.new_empty(0)
+    return Lines(lse, grad, nothing, nothing if inner is None else inner)
+
+
 # --- Runs over all blocks ------------------------------------------------------------------------
 
 
-def run_stats(
-    kernels: Kernels, problem: Problem | FusedProblem, plan: tuple[Block, ...]
-) -> tuple[Tensor, Tensor]:
+def run_stats(kernels: Kernels, problem: Problem, plan: tuple[Block, ...]) -> tuple[Tensor, Tensor]:
     backend = kernels.backend
     fused = isinstance(problem, FusedProblem)
     block_stats = backend.fused_block_stats if fused else backend.block_stats
@@ -279,9 +283,9 @@ def run_weights(
 ) -> Tensor:
     """All blocks of H in one matrix."""
     h = problem.z_rows.new_zeros((len(lse),) * 2, dtype=torch.float64)
-    workspace = Workspace(problem.z_rows.device, plan)
+    workspace, lines = Workspace(problem.z_rows.device, plan), lines_of(lse, grad)
     for block in plan:
-        part = kernels.backend.block_weights(problem, block, lse, lse, grad, grad, workspace)
+        part = kernels.backend.block_weights(problem, block, lines, lines, workspace)
         assert part.dtype == problem.compute_dtype and part.shape == block.shape
         h[block.rows, block.cols] = part.double()
         if not block.diagonal:
@@ -297,11 +301,9 @@ def run_fused_weights(
     n = problem.z_rows.shape[1]
     f = problem.z_rows.new_full((2, 2, n, n), torch.nan, dtype=torch.float64)
     inner = torch.zeros_like(problem.coefficients_rows)
-    workspace = Workspace(problem.z_rows.device, plan)
+    workspace, lines = Workspace(problem.z_rows.device, plan), lines_of(lse, grad, inner)
     for block in plan:
-        part = kernels.backend.fused_block_weights(
-            problem, block, lse, lse, grad, grad, inner, inner, workspace
-        )
+        part = kernels.backend.fused_block_weights(problem, block, lines, lines, workspace)
         assert part.dtype == problem.compute_dtype and part.shape == (2, 2, *block.shape)
         f[:, :, block.rows, block.cols] = part.double()
         if not block.diagonal:
@@ -476,9 +478,9 @@ def check_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
             of_cols, (x - lse[1]).exp() * grad[1], 0
         )
 
-    h = x.new_zeros(x.shape)
+    h, lines = x.new_zeros(x.shape), list(map(lines_of, lse, grad))
     for block in plan:
-        part = kernels.backend.block_weights(problem, block, *lse, *grad, workspace)
+        part = kernels.backend.block_weights(problem, block, *lines, workspace)
         h[block.rows, block.cols] = part.double()
         part.fill_(torch.nan)
     exact = weights(x)
@@ -526,9 +528,10 @@ def check_fused_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
     lse = [given[:, side].contiguous() for side in sides]
     grads = [grad[:, side].contiguous() for side in sides]
     inner = [torch.zeros_like(of) for of in coefficients]
+    lines = list(map(lines_of, lse, grads, inner))
     f = exact.f.new_full((2, 2, n // 3, n - n // 3), torch.nan)
     for block in plan:
-        part = kernels.backend.fused_block_weights(problem, block, *lse, *grads, *inner, workspace)
+        part = kernels.backend.fused_block_weights(problem, block, *lines, workspace)
         f[:, :, block.rows, block.cols] = part.double()
         part.fill_(torch.nan)
 

@@ -9,7 +9,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
-from half_products import emulate_half_products
+from calls import emulate_half_products
 from interpreter import mended_interpreter
 
 from gcl_kernels import problem
@@ -70,6 +70,17 @@ def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
 def emulated_half_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half operands on a CPU, see there."""
     emulate_half_products(monkeypatch)
+
+
+@pytest.fixture(params=["views", "fused"])
+def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of ``contract``. What a backend without block functions of score fusion does is the same for
+    all, and ``tiled`` is in place of it."""
+    if request.param == "formed":
+        if "backend" in request.fixturenames and request.getfixturevalue("backend") != "tiled":
+            pytest.skip("on tiled")
+        monkeypatch.setattr(BACKENDS["tiled"], "fuses_scores", False)
+    return request.param
 
 
 @pytest.fixture(params=["whole", "ragged"])

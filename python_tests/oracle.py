@@ -59,6 +59,15 @@ def dense_loss(
     return {"mean": losses.mean(), "sum": losses.sum(), "none": losses}[reduction]
 
 
+def dense_gcl(
+    e: Sequence[Tensor], scale: Tensor, weights: Sequence[float | Tensor] = (1.0, 1.0), **options
+) -> Tensor:
+    """``gcl_loss`` of three views, or of two and their weighted sum."""
+    if len(e) == 2:
+        e = [*e, weights[0] * e[0] + weights[1] * e[1]]
+    return dense_loss(e, scale, **options)
+
+
 def dense_neg_lse(
     views: Sequence[Tensor],
     scale: Tensor,

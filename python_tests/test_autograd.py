@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_contract import random_views
+from contract import random_views
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import (
     CheckpointPolicy,

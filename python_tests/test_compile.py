@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.compiler.config
+from calls import MIXED, mixing_of, spec_of
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
@@ -189,32 +190,25 @@ def test_exported_for_batches_of_any_size(num_views):
         loss.backward()
 
 
+@pytest.mark.parametrize("mixed", [None, MIXED], ids=["views", "fused"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("ids", [None, torch.arange(12) // 2])
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float64])
-def test_opcheck(normalize, ids, compute_dtype):
+def test_opcheck(mixed, normalize, ids, compute_dtype):
     views = [v.detach() for v in views_of(3, 12)]
     scale = torch.tensor(3.0, dtype=compute_dtype)
-    static = ([True, True, False] * 3, normalize, None)
-    forward = (views, scale, ids, static[0], [0, 0, 0, 1], normalize, None, compute_dtype, "tiled")
-    forward += ("", "gather", [True] * 4)
-    opcheck(torch.ops.gcl_kernels.neg_lse.default, forward)
-    neg_lse, own_logits, *saved = torch.ops.gcl_kernels.neg_lse(*forward)
-    for needs in ([True] * 4, [True, False, True, False]):
-        opcheck(
-            torch.ops.gcl_kernels.neg_lse_backward.default,
-            (
-                views,
-                scale,
-                ids,
-                *static,
-                "tiled",
-                "",
-                "gather",
-                *saved,
-                neg_lse,
-                torch.rand_like(neg_lse),
-                torch.rand_like(own_logits),
-                needs,
-            ),
-        )
+    changes = {
+        "own_pairs": ((0, 0), (0, 1)),
+        "normalize": normalize,
+        "compute_dtype": compute_dtype,
+    }
+    spec = spec_of(candidates=((True, True, False),) * 3, mixed=mixed, **changes)
+    bases = views if mixed is None else views[:2]
+    every = [*[True] * len(bases), mixed is not None, True]
+    for needs in (every, [True, *[False] * len(bases), True]):
+        forward = (bases, mixing_of(spec), scale, [ids], spec.text(), needs)
+        opcheck(torch.ops.gcl_kernels.neg_lse.default, forward)
+        neg_lse, own_logits, *saved = torch.ops.gcl_kernels.neg_lse(*forward)
+        upstream = torch.rand_like(neg_lse), torch.rand_like(own_logits)
+        backward = (bases, scale, [ids], [*saved, neg_lse], *upstream, spec.text(), needs)
+        opcheck(torch.ops.gcl_kernels.neg_lse_backward.default, backward)

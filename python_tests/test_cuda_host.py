@@ -27,6 +27,7 @@ from block_checks import (
     FEW,
     Case,
     check_block_functions,
+    lines_of,
     make_problem,
     results,
     run_stats,
@@ -100,8 +101,8 @@ def test_auto_is_triton_else_cuda_else_tiled(monkeypatch):
         def why_not(device: torch.device, dtype: torch.dtype, name: str = name) -> str | None:
             return "missing" if name in missing else "float64" if dtype == torch.float64 else None
 
-        row = replace(dispatch.BACKENDS[name], why_unavailable=lambda: None, why_not=why_not)
-        monkeypatch.setitem(dispatch.BACKENDS, name, row)
+        monkeypatch.setattr(dispatch.BACKENDS[name], "why_unavailable", lambda: None)
+        monkeypatch.setattr(dispatch.BACKENDS[name], "why_not", why_not)
 
     def auto(dtype: torch.dtype) -> str:
         return dispatch.resolve_backend("auto", torch.device("cuda"), dtype)
@@ -238,9 +239,10 @@ def test_weights_leave_everything_around_them_alone(pitch, monkeypatch):
     wide = torch.full((70, pitch), 7.0, dtype=torch.bfloat16, device=DEVICE)
     workspace = Workspace(wide.device, [block])
     lse, grad = torch.zeros(66, device=DEVICE), torch.ones(66, device=DEVICE)
-    expected = backend.block_weights(problem, block, lse, lse, grad, grad, workspace)
+    lines = lines_of(lse, grad)
+    expected = CUDA.backend.block_weights(problem, block, lines, lines, workspace)
     monkeypatch.setattr(workspace, "tile", lambda slot, shape, dtype: wide[:66, :66])
-    got = backend.block_weights(problem, block, lse, lse, grad, grad, workspace)
+    got = CUDA.backend.block_weights(problem, block, lines, lines, workspace)
     assert torch.equal(got, expected)
     assert (wide[66:] == 7).all() and (wide[:, 66:] == 7).all()
 
@@ -339,12 +341,9 @@ def test_an_error_of_cuda_is_an_exception_and_the_next_call_works():
 def test_tensors_on_two_devices():
     problem = make_problem(CUDA, CASES["one block, bounded"], torch.float32)
     block = plan_blocks(37, ((True,) * 3,) * 3, 8192)[0]
-    elsewhere = torch.zeros(111, device="meta")
-    lse = torch.zeros(111, device=DEVICE)
+    here, elsewhere = (lines_of(*torch.zeros(2, 111, device=of)) for of in (DEVICE, "meta"))
     with pytest.raises(RuntimeError, match="'cuda' was given tensors on .* and on meta"):
-        backend.block_weights(
-            problem, block, elsewhere, lse, lse, lse, Workspace(lse.device, [block])
-        )
+        CUDA.backend.block_weights(problem, block, elsewhere, here, Workspace(DEVICE, [block]))
 
 
 @runs

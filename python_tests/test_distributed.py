@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import pickle
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from half_products import emulate_half_products
+from calls import MIXED, emulate_half_products, run_backward, run_forward, spec_of
 from oracle import dense_loss, dense_neg_lse
 from processes import Pool
 from tolerance import assert_accurate
@@ -33,8 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import gcl_kernels
-from gcl_kernels import distributed, embeddings, negatives, problem, score_fusion
-from gcl_kernels.backends import cpu, tiled
+from gcl_kernels import distributed, passes, problem
+from gcl_kernels.backends import base, cpu, tiled
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.distributed import meetings
 
@@ -100,8 +99,7 @@ def step(
     weights = [torch.tensor(w, dtype=accum, requires_grad=True) for w in FUSION_WEIGHTS]
     with pytest.MonkeyPatch.context() as patch:
         if road == "sum formed":
-            of_backend = dataclasses.replace(BACKENDS[options["backend"]], fuses_scores=False)
-            patch.setitem(BACKENDS, options["backend"], of_backend)
+            patch.setattr(BACKENDS[options["backend"]], "fuses_scores", False)
         if small_blocks:
             for backend, blocks in ((tiled, {"default": 16}), (cpu, 16)):
                 patch.setattr(backend, "BLOCK_ROWS", blocks)
@@ -504,29 +502,20 @@ def test_memory(monkeypatch, road, exchange):
     monkeypatch.setattr(dist, "P2POp", lambda *a, **k: a)
     monkeypatch.setattr(dist, "batch_isend_irecv", lambda calls: [_Arrived()])
     fuses = road == "fused"
-    module = score_fusion if fuses else negatives
-    monkeypatch.setattr(module, "agree", lambda *a, **k: torch.tensor([n] * world + [0]))
+    monkeypatch.setattr(passes, "agree", lambda *a, **k: torch.tensor([n] * world + [0]))
     monkeypatch.setattr(problem, "KEPT_ELEMENTS", 0)
-    monkeypatch.setattr(embeddings, "_CHUNK_ELEMENTS", {"default": 1024})
+    monkeypatch.setattr(base, "_CHUNK_ELEMENTS", {"default": 1024})
     monkeypatch.setattr(tiled, "BLOCK_ROWS", {"default": 32})
     monkeypatch.setattr(tiled, "FUSED_BLOCK_ROWS", {"default": 16})
 
     views = [v.float() for v in random_views(n, d)][: 2 if fuses else 3]
-    scale, needs = torch.tensor(20.0), [True] * 4
-    mixing = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
-    inputs = (*views, mixing, scale, None) if fuses else (views, scale, None)
-    pairs, bases = [0, 1], [0, 1, -1]
-    of_fused = (pairs, bases) if fuses else ()
-    where = ("tiled", "group", exchange)
+    scale, needs = torch.tensor(20.0), [True] * (len(views) + 2)
+    place = {"group": "group", "exchange": exchange}
+    spec = spec_of(mixed=MIXED if fuses else None, **place)
     with _Memory(views) as forward:
-        neg_lse, own_logits, *saved = module._forward(
-            *inputs, [True] * 9, *(of_fused or (pairs,)), True, None, torch.float32, *where, needs
-        )
-    with _Memory([*views, *saved]) as backward:
-        module._backward(
-            *inputs, [True] * 9, *of_fused, True, None, *where, *saved, neg_lse,
-            torch.ones_like(neg_lse), torch.ones_like(own_logits), needs,
-        )  # fmt: skip
+        results = run_forward(views, spec, needs, scale)
+    with _Memory([*views, *results]) as backward:
+        run_backward(views, spec, needs, scale, results)
     shard = len(views) * n * d
     whole = world * shard
     # z, or H z, besides.

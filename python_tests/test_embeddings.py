@@ -1,5 +1,5 @@
-"""The O(M*D) side of each backend against its definition in float64, in every dtype of products:
-on a CPU the losses reach it with float32 and float64 alone.
+"""The O(M*D) side of each backend, ``embed`` and ``gradients``, against its definition in float64,
+in every dtype of products: on a CPU the losses reach it with float32 and float64 alone.
 
 Triton's kernels run in Triton's interpreter where there is no GPU: ``test_in_the_interpreter``.
 """
@@ -7,17 +7,19 @@ Triton's kernels run in Triton's interpreter where there is no GPU: ``test_in_th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
+from calls import spec_of
 from interpreter import checked_memory, run_file, starts, watches_memory
 from tolerance import assert_accurate
 from torch import Tensor
 
-from gcl_kernels import embeddings
+from gcl_kernels.backends.base import Backend
 from gcl_kernels.dispatch import BACKENDS
-from gcl_kernels.embeddings import ABSENT
+from gcl_kernels.problem import Embedded
+from gcl_kernels.spec import ABSENT, Bases, NegativesSpec
 
 DTYPES: dict[str, tuple[tuple[torch.dtype, ...], torch.dtype]] = {
     "float32": ((torch.float32,) * 3, torch.float32),
@@ -26,21 +28,25 @@ DTYPES: dict[str, tuple[tuple[torch.dtype, ...], torch.dtype]] = {
     "half inputs, float32 products": ((torch.bfloat16,) * 3, torch.float32),
     "mixed": ((torch.float16, torch.float64, torch.bfloat16), torch.bfloat16),
 }
-"""Of the views, and of the products."""
+"""Of the bases, and of the products."""
 
-SHAPES = [
-    (1, 1, "contiguous"), (9, 512, "contiguous"), (10, 300, "slices"),
-    (5, 300, "columns"),
-]  # fmt: skip
-"""Samples, elements of each, and how they lie in memory."""
-
-LAYOUTS = ["contiguous", "slices", "columns"]
-FUSED_LAYOUTS = [("two combinations", "contiguous"), ("gcl", "slices"), ("gcl", "columns")]
-SCALE = 3.0
-FUSED = {
-    "gcl": ([0, 1, -1], [[1, 0], [0, 1], [0.7, 1.3]]),
-    "two combinations": ([-1, 1, -1], [[2, -0.5], [0, 1], [1, 1]]),
+ROADS: dict[str, tuple[Bases | None, list[list[float]]]] = {
+    "views": (None, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+    "gcl": ((0, 1, None), [[1, 0], [0, 1], [0.7, 1.3]]),
+    "two combinations": ((None, 1, None), [[2, -0.5], [0, 1], [1, 1]]),
 }
+"""``mixed`` of a spec, and how views are made of the bases."""
+
+CASES = [
+    ("views", 1, 1, "contiguous"), ("views", 9, 512, "contiguous"), ("views", 10, 300, "slices"),
+    ("views", 5, 300, "columns"), ("two combinations", 9, 200, "contiguous"),
+    ("gcl", 9, 200, "slices"), ("gcl", 9, 200, "columns"),
+]  # fmt: skip
+"""Road, samples, elements of each, and how they lie in memory."""
+
+PAIRS = ((0, 1), (1, 2), (2, 2))
+ASKED = torch.tensor([[False, True, False], [True, False, True], [False, True, True]])
+SCALE = 3.0
 
 
 @starts
@@ -49,317 +55,285 @@ def test_in_the_interpreter():
 
 
 @pytest.fixture
-def row(backend: str, device: torch.device, request: pytest.FixtureRequest) -> Any:
-    if BACKENDS[backend].embed is embeddings.embed and backend != "tiled":
+def own(backend: str, device: torch.device, request: pytest.FixtureRequest) -> Backend:
+    """A backend with functions of its own; ``tiled`` stands for all that have PyTorch's."""
+    row = BACKENDS[backend]
+    if type(row).embed is Backend.embed and backend != "tiled":
         pytest.skip("it has PyTorch's functions, or none: tiled's tests are theirs")
-    if "dtypes" in request.fixturenames and backend != "tiled":  # which has PyTorch's functions
-        compute_dtype = DTYPES[request.getfixturevalue("dtypes")][1]
-        reason = BACKENDS[backend].why_not(device, compute_dtype)
+    if "dtypes" in request.fixturenames and backend != "tiled":
+        reason = row.why_not(device, DTYPES[request.getfixturevalue("dtypes")][1])
         if reason is not None:
             pytest.skip(reason)
-    return BACKENDS[backend]
+    return row
 
 
-def make_views(
-    dtypes: Sequence[torch.dtype], n: int, d: int, device: torch.device, layout: str = "contiguous"
-) -> list[Tensor]:
-    """Rows of very different lengths. Of the odd views either rows start anywhere, or elements of a
+class Given(NamedTuple):
+    """Arguments of ``embed``."""
+
+    bases: list[Tensor]
+    mixing: Tensor | None
+    scale: Tensor
+    spec: NegativesSpec
+
+
+def make(
+    road: str, shape: tuple[int, int], layout: str, dtypes: str, device: torch.device,
+    normalize: bool = True,
+) -> Given:  # fmt: skip
+    """Rows of very different lengths. Of the odd bases either rows start anywhere, or elements of a
     row lie apart."""
-    generator = torch.Generator().manual_seed(n + d)
-    views = []
-    for index, dtype in enumerate(dtypes):
-        data = torch.randn(n, d, generator=generator, dtype=torch.float64)
-        data *= torch.rand(n, 1, generator=generator, dtype=torch.float64).add(-0.5).mul(6).exp()
-        data = data.to(device, dtype)
+    generator = torch.Generator().manual_seed(sum(shape))
+    of_bases, compute_dtype = DTYPES[dtypes]
+    mixed, table = ROADS[road]
+    bases = []
+    for index, dtype in enumerate(of_bases[: len(table[0])]):
+        data = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        stretch = torch.rand(shape[0], 1, generator=generator, dtype=torch.float64)
+        data = (data * stretch.add(-0.5).mul(6).exp()).to(device, dtype)
         if index % 2 and layout == "slices":
-            data = torch.cat([data, data, data[:, :1]], 1)[:, d : 2 * d]
+            data = torch.cat([data, data, data[:, :1]], 1)[:, shape[1] : 2 * shape[1]]
         if index % 2 and layout == "columns":
             data = data.t().contiguous().t()
-        views.append(data)
-    return views
-
-
-def units(views: Sequence[Tensor], normalize: bool, dtype: torch.dtype) -> Tensor:
-    e = torch.stack([view.to(dtype) for view in views])
-    return e / e.norm(dim=-1, keepdim=True).clamp_min(1e-12) if normalize else e
+        bases.append(data)
+    mixing = None if mixed is None else torch.tensor(table, device=device)
+    spec = spec_of(own_pairs=PAIRS, mixed=mixed, normalize=normalize, compute_dtype=compute_dtype)
+    return Given(bases, mixing, torch.tensor(SCALE, device=device), spec)
 
 
 def random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(device)
 
 
+def units(e: Tensor, spec: NegativesSpec) -> Tensor:
+    return e / e.norm(dim=-1, keepdim=True) if spec.normalize else e
+
+
+def defined(road: str, given: Given, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What ``embed`` gives, for all pairs, from views that are made one by one."""
+    e = torch.stack([base.to(dtype) for base in given.bases])
+    table = torch.tensor(ROADS[road][1], dtype=dtype, device=e.device)
+    made = torch.einsum("vb,bnd->vnd", table, e)
+    u, views = units(e, given.spec), units(made, given.spec)
+    k = table.unsqueeze(-1).expand(*table.shape, e.shape[1])
+    found = {
+        "z": u,
+        "dots": torch.einsum("bnd,cnd->bcn", u, u),
+        "own_logits": SCALE * torch.einsum("vnd,wnd->vwn", views, views),
+    }
+    if given.spec.normalize:
+        norm, lengths = e.norm(dim=-1), made.norm(dim=-1)
+        k = k * norm / lengths.unsqueeze(1)
+        found |= {"inverse": 1 / norm, "lengths": lengths}
+    return found | {"coefficients": k}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_embed(own, device, case, dtypes, normalize):
+    road, *shape, layout = case
+    given = make(road, tuple(shape), layout, dtypes, device, normalize)
+    embedded, own_logits = own.embed(*given)
+    results = embedded._asdict() | {"own_logits": own_logits}
+    exact, dense = (defined(road, given, t) for t in (torch.float64, torch.float32))
+    assert embedded.z.dtype == given.spec.compute_dtype and embedded.z.is_contiguous()
+    assert (own_logits[~ASKED] == ABSENT).all()
+    if normalize:
+        assert (own_logits[2, 2] == SCALE).all(), "exactly one, times s"
+    else:
+        assert not embedded.inverse.numel() and not embedded.lengths.numel()
+    # Of a view's logit the terms are products of coefficients.
+    k, dots = exact["coefficients"].abs().sum(1), exact["dots"].abs()
+    sizes = {name: of.norm().item() for name, of in exact.items()}
+    sizes["own_logits"] = SCALE * (k**2).norm().item() * dots.max().item()
+    for of in (results, exact, dense):
+        of["own_logits"] = of["own_logits"][ASKED]
+    if road == "views":
+        assert not embedded.coefficients.numel() and (embedded.dots[~ASKED] == 0).all()
+        del exact["coefficients"]
+    for a, b in given.spec.base_pairs:
+        size = (exact["z"][a] * exact["z"][b]).norm().item()
+        assert torch.equal(embedded.dots[a, b], embedded.dots[b, a])
+        of_pair = (of["dots"][a, b] for of in (results, exact, dense))
+        assert_accurate(f"dots[{a}, {b}]", *of_pair, size)
+    del exact["dots"]
+    dense["z"] = dense["z"].to(given.spec.compute_dtype)
+    for name, of in exact.items():
+        assert_accurate(name, results[name], of, dense[name], sizes[name])
+
+
 def judge(name: str, grad: Tensor, exact: Tensor, dense: Tensor, size: float) -> None:
-    """The rule of ``tolerance``; a float64 view's gradient is a float32 number here."""
+    """The rule of ``tolerance``; a float64 base's gradient is a float32 number here."""
     if grad.dtype == torch.float64:
         assert torch.equal(grad, grad.float().double())
         grad = grad.float()
     assert_accurate(name, grad, exact, dense.to(grad.dtype), size)
 
 
+def gradients_of(
+    own: Backend, road: str, given: Given, embedded: Embedded, hz: Tensor, grad_own: Tensor,
+    needs: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """From a backward pass in which ``(H z)_v`` of the views are ``hz``; ``R`` and ``U`` of it."""
+    exact = defined(road, given, torch.float64)
+    sums = torch.einsum("vbn,vnd->bnd", exact["coefficients"], hz.double())
+    inner = torch.einsum("vnd,bnd->vbn", hz.double(), exact["z"])
+    for v, base in enumerate(given.spec.bases):
+        if base is not None:
+            inner[v, torch.arange(inner.shape[1]) != base] = 0  # which block functions leave out
+    sums, inner = sums.float().contiguous(), inner.float().contiguous()
+    passed = sums.clone(), sums.new_empty(0) if road == "views" else inner, grad_own
+    grads = own.gradients(given.bases, given.scale, embedded, *passed, given.spec, needs)
+    return grads, sums, inner
+
+
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_embed(row, device, shape, dtypes, normalize):
-    of_views, compute_dtype = DTYPES[dtypes]
-    n, d, layout = shape
-    views, pairs = make_views(of_views, n, d, device, layout), [(0, 0), (0, 2), (1, 2)]
-    scale = torch.tensor(SCALE, device=device)
-    z, norm, inverse, own, own_logits = row.embed(views, pairs, normalize, compute_dtype, scale)
-    exact, dense = (units(views, normalize, dtype) for dtype in (torch.float64, torch.float32))
-    assert z.dtype == compute_dtype and z.is_contiguous()
-    assert_accurate("z", z, exact, dense.to(compute_dtype), exact.norm().item())
-    lengths = [torch.stack(views_of).norm(dim=-1) for views_of in (
-        [view.double() for view in views], [view.float() for view in views])]  # fmt: skip
-    if normalize:
-        assert_accurate("norm", norm, *lengths, lengths[0].norm().item())
-        size = (1 / lengths[0]).norm().item()
-        assert_accurate("inverse", inverse, 1 / lengths[0], 1 / lengths[1], size)
-    else:
-        assert not norm.numel() and not inverse.numel()
-    for a in range(3):
-        for b in range(3):
-            if (min(a, b), max(a, b)) in pairs:
-                size = (exact[a] * exact[b]).norm().item()
-                products = [(z[a] * z[b]).sum(-1) for z in (exact, dense)]
-                assert_accurate(f"own[{a}, {b}]", own[a, b], *products, size)
-                assert torch.equal(own_logits[a, b], own[a, b] * SCALE)
-            else:
-                assert (own[a, b] == 0).all() and (own_logits[a, b] == ABSENT).all()
-
-
-@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_embed_backward(row, device, shape, dtypes, normalize, needs):
-    """The gradient of ``s (sum <hz, z> + sum grad_own <z_a, z_b>)``, and what it says of the
-    scale's."""
-    of_views, compute_dtype = DTYPES[dtypes]
-    n, d, layout = shape
-    if not (normalize or all(needs)):
-        pytest.skip("which views need one and normalisation do not meet in the kernels")
-    views = make_views(of_views, n, d, device, layout)
-    scale = torch.tensor(SCALE, device=device)
-    pairs = [(a, b) for a in range(3) for b in range(a, 3)]
-    z, norm, inverse, own, _ = row.embed(views, pairs, normalize, compute_dtype, scale)
-    hz, grad_own = random(3, n, d, device=device), random(3, 3, n, device=device)
-
-    strided = grad_own.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-
-    def gradients(dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-        leaves = [view.detach().to(dtype).requires_grad_() for view in views]
-        u = units(leaves, normalize, dtype)
-        inner = (u * hz.to(dtype)).sum(-1)
-        own_terms = ((u.unsqueeze(0) * u.unsqueeze(1)).sum(-1) * grad_own.to(dtype)).sum()
-        grads = torch.autograd.grad(SCALE * (inner.sum() + own_terms), leaves)
-        needed = torch.tensor(needs, device=device).unsqueeze(-1)
-        return list(grads), 0.5 * (inner * needed).sum() + own_terms
-
-    grads, grad_scale = row.embed_backward(
-        views, normalize, z, norm, inverse, own, hz.clone(), strided, scale, needs
-    )
-    (exact, exact_scale), (dense, dense_scale) = map(gradients, (torch.float64, torch.float32))
-    pulls = SCALE * (hz.double().norm().item() + 6 * grad_own.double().norm().item())
-    for v, (view, grad) in enumerate(zip(views, grads, strict=True)):
-        if not needs[v]:
-            assert not grad.numel()
-            continue
-        assert grad.dtype == view.dtype
-        length = view.double().norm(dim=-1)
-        size = pulls * (float((1 / length).max()) if normalize else float(length.max()))
-        judge(f"grad[{v}]", grad, exact[v], dense[v], size)
-    largest = 1.0 if normalize else max(float(view.double().norm(dim=-1).max()) for view in views)
-    terms = (hz.double().norm().item() + grad_own.double().norm().item()) * largest**2
-    assert_accurate("grad_scale", grad_scale, exact_scale, dense_scale, terms)
-
-
-def made_of(
-    views: Sequence[Tensor], table: Tensor, normalize: bool, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """What ``embed_fused`` returns, from the views that are made."""
-    e, weights = torch.stack([view.to(dtype) for view in views]), table.to(dtype)
-    made = torch.einsum("vb,bnd->vnd", weights, e)
-    norms, lengths = e.norm(dim=-1), made.norm(dim=-1)
-    coefficients = weights.unsqueeze(-1).expand(3, 2, e.shape[1])
-    if normalize:
-        coefficients = coefficients * norms / lengths.unsqueeze(1)
-        made = made / lengths.unsqueeze(-1)
-    u = units(views, normalize, dtype)
-    found = {
-        "z": u,
-        "coefficients": coefficients,
-        "dots": torch.einsum("bnd,cnd->bcn", u, u),
-        "own_logits": SCALE * torch.einsum("vnd,wnd->vwn", made, made),
-    }
-    return found | {"inverse": 1 / norms, "lengths": lengths} if normalize else found
-
-
-PAIRS = [(0, 1), (1, 2), (2, 2)]
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize(("case", "layout"), FUSED_LAYOUTS)
-def test_embed_fused(row, device, case, layout, dtypes, normalize):
-    of_views, compute_dtype = DTYPES[dtypes]
-    bases, mixing = FUSED[case]
-    table = torch.tensor(mixing, dtype=torch.float32, device=device)
-    views = make_views(of_views[:2], 9, 200, device, layout)
-    scale = torch.tensor(SCALE, device=device)
-    given = (views, table, bases, PAIRS, normalize, compute_dtype, scale)
-    names = ("z", "inverse", "lengths", "coefficients", "dots", "own_logits")
-    results = dict(zip(names, row.embed_fused(*given), strict=True))
-    exact, dense = (made_of(views, table, normalize, t) for t in (torch.float64, torch.float32))
-    dense["z"] = dense["z"].to(compute_dtype)
-    assert results["z"].dtype == compute_dtype
-    asked = torch.tensor([[(min(v, w), max(v, w)) in PAIRS for w in range(3)] for v in range(3)])
-    assert (results["own_logits"][~asked] == ABSENT).all()
-    if normalize:
-        assert (results["own_logits"][2, 2] == SCALE).all(), "exactly one, times s"
-    for found in (results, exact, dense):
-        found["own_logits"] = found["own_logits"][asked]
-    # Of a logit the terms are products of coefficients.
-    size = (exact["coefficients"].abs().sum(1) ** 2).norm().item() * exact[
-        "dots"
-    ].abs().max().item()
-    sizes = {name: of.norm().item() for name, of in exact.items()} | {"own_logits": SCALE * size}
-    for name, of in exact.items():
-        assert_accurate(name, results[name], of, dense[name], sizes[name])
-    assert torch.equal(results["dots"][0, 1], results["dots"][1, 0])
-
-
-@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize(("case", "layout"), FUSED_LAYOUTS)
-def test_fused_gradients(row, device, case, layout, dtypes, normalize, needs):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients(own, device, case, dtypes, normalize, frozen):
     """The gradient of ``s (sum <(H z)_v, z_v> + sum grad_own <z_v, z_w>)`` through the views that
-    are made, with ``(H z)_v`` any constants in place of their own."""
-    if not (normalize or all(needs)):
-        pytest.skip("as for test_embed_backward")
-    of_views, compute_dtype = DTYPES[dtypes]
-    views = make_views(of_views[:2], 9, 200, device, layout)
-    bases, mixing = FUSED[case]
-    table = torch.tensor(mixing, dtype=torch.float32, device=device)
-    scale = torch.tensor(SCALE, device=device)
-    hz, grad_own = random(3, 9, 200, device=device), random(3, 3, 9, device=device)
-    # Unit vectors are paired with themselves: no gradient; else it is that of a square.
+    are made, with ``(H z)_v`` any constants in place of their own, and what it says of the
+    scale's."""
+    if frozen and not normalize:
+        pytest.skip("which bases need one and normalisation do not meet in the kernels")
+    road, *shape, layout = case
+    given = make(road, tuple(shape), layout, dtypes, device, normalize)
+    bases, table, spec = given.bases, torch.tensor(ROADS[road][1], device=device), given.spec
+    hz = random(3, *shape, device=device)
+    grad_own = random(3, 3, shape[0], device=device) * ASKED.to(device).unsqueeze(-1)
     strided = grad_own.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    *embedded, _ = row.embed_fused(views, table, bases, PAIRS, normalize, compute_dtype, scale)
-    exact_units = units(views, normalize, torch.float64)
-    coefficients = made_of(views, table, normalize, torch.float64)["coefficients"]
-    r = torch.einsum("vbn,vnd->bnd", coefficients, hz.double()).float().contiguous()
-    inner = torch.einsum("vnd,bnd->vbn", hz.double(), exact_units).float().contiguous()
-    for v, base in enumerate(bases):
-        if base >= 0:
-            inner[v, 1 - base] = 0  # which the block functions leave out
-    given = (views, bases, PAIRS, normalize, *embedded, r.clone(), inner, strided, scale, needs)
-    grads, grad_mixing, grad_scale = row.fused_gradients(*given)
+    needs = [not frozen or b == 1 for b in range(len(bases))]
+    needs_mixing = road != "views" and not frozen
+    embedded, all_needs = own.embed(*given)[0], [*needs, needs_mixing, True]
+    grads, sums, inner = gradients_of(own, road, given, embedded, hz, strided, all_needs)
 
     def gradients(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [view.detach().to(dtype).requires_grad_() for view in views]
+        leaves = [base.detach().to(dtype).requires_grad_() for base in bases]
         weights = table.to(dtype).requires_grad_()
-        made = torch.einsum("vb,bnd->vnd", weights, torch.stack(leaves))
-        if normalize:
-            made = made / made.norm(dim=-1, keepdim=True)
-        along = (made * hz.to(dtype)).sum()
-        own = ((made.unsqueeze(0) * made.unsqueeze(1)).sum(-1) * grad_own.to(dtype)).sum()
-        grads = torch.autograd.grad(SCALE * (along + own), [*leaves, weights])
-        fixed = torch.tensor(bases, device=device).unsqueeze(-1) >= 0
-        return [*grads[:2], grads[2].masked_fill(fixed, 0), (0.5 * along + own).detach()]
+        views = units(torch.einsum("vb,bnd->vnd", weights, torch.stack(leaves)), spec)
+        along = (views * hz.to(dtype)).sum((1, 2))
+        of_own = (torch.einsum("vnd,wnd->vwn", views, views) * grad_own.to(dtype)).sum()
+        found = torch.autograd.grad(SCALE * (along.sum() + of_own), [*leaves, weights])
+        fixed = torch.tensor([base is not None for base in spec.bases], device=device)
+        # What a frozen view adds to the scale's gradient is missing.
+        counted = torch.tensor(needs, device=device) if road == "views" else fixed | True
+        of_scale = (0.5 * along * counted).sum() + of_own
+        return [*found[:-1], found[-1].masked_fill(fixed.unsqueeze(-1), 0), of_scale.detach()]
 
     exact, dense = gradients(torch.float64), gradients(torch.float32)
-    most = coefficients.abs().sum(1).amax().item() ** 2 * (1 + 3 * grad_own.abs().amax().item())
-    for b, (view, grad) in enumerate(zip(views, grads, strict=True)):
-        if not needs[b]:
-            assert not grad.numel()
-            continue
-        assert grad.dtype == view.dtype
-        length = view.double().norm(dim=-1, keepdim=True)
-        terms = r[b].double().abs() + most * exact_units.abs().sum(0)
-        size = SCALE * (terms / length if normalize else terms).norm().item()
-        judge(f"grad[{b}]", grad, exact[b], dense[b], size)
-    terms = SCALE * most * (inner.norm().item() + 9)
-    lengths = torch.stack([view.double().norm(dim=-1) for view in views])
-    if needs[2]:
-        longest = (lengths.max() / embedded[2].min()).item() if normalize else lengths.max().item()
-        judge("grad_mixing", grad_mixing, exact[2], dense[2], terms * longest)
+    of_embed = defined(road, given, torch.float64)
+    most = of_embed["coefficients"].abs().sum(1).amax().item() ** 2
+    most *= 1 + 3 * grad_own.abs().amax().item()
+    lengths = torch.stack([base.double().norm(dim=-1, keepdim=True) for base in bases])
+    terms = SCALE * (sums.double().abs() + most * of_embed["z"].abs().sum(0))
+    if normalize:
+        terms /= lengths
+    for b, base in enumerate(bases):
+        if needs[b]:
+            assert grads[b].dtype == base.dtype
+            judge(f"grad[{b}]", grads[b], exact[b], dense[b], terms[b].norm().item())
+        else:
+            assert not grads[b].numel()
+    size = SCALE * most * (inner.norm().item() + shape[0])
+    if needs_mixing:
+        shortest = of_embed["lengths"].min() if normalize else 1.0
+        judge("mixing", grads[-2], exact[-2], dense[-2], size * float(lengths.max() / shortest))
     else:
-        assert not grad_mixing.numel()
-    size = terms if normalize else terms * lengths.max().item() ** 2
-    judge("grad_scale", grad_scale, exact[3], dense[3], size)
+        assert not grads[-2].numel()
+    size *= 1 if normalize else lengths.max().item() ** 2
+    judge("scale", grads[-1], exact[-1], dense[-1], size)
+
+
+@pytest.mark.parametrize("road", ["views", "gcl"])
+def test_a_unit_vector_beside_itself_has_no_gradient(own, device, road):
+    """Not even rounding of one."""
+    given = make(road, (9, 40), "contiguous", "float32", device)
+    hz, grads = random(3, 9, 40, device=device), []
+    for of_itself in (0.0, 1e6):
+        grad_own = random(3, 3, 9, device=device) * ASKED.to(device).unsqueeze(-1)
+        grad_own[2, 2] = of_itself
+        needs = [True] * len(given.bases) + [road == "gcl", True]
+        found, *_ = gradients_of(own, road, given, own.embed(*given)[0], hz, grad_own, needs)
+        grads.append(found[:-1])
+    assert all(map(torch.equal, *grads))
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float16"])
-def test_what_is_not_finite_becomes_nan(row, device, dtypes, normalize, bad):
-    dtype = DTYPES[dtypes][1]
-    views = make_views((dtype,) * 3, 5, 40, device)
-    views[1][2, 3] = bad
-    scale = torch.tensor(SCALE, device=device)
-    z, *_, own_logits = row.embed(views, [(0, 1)], normalize, dtype, scale)
-    assert z[1, 2].isnan().any() and own_logits[0, 1, 2].isnan()
-    assert z[1, 2].isfinite().any() != normalize
+@pytest.mark.parametrize("road", ["views", "gcl"])
+def test_what_is_not_finite_becomes_nan(own, device, road, dtypes, normalize, bad):
+    given = make(road, (5, 40), "contiguous", dtypes, device, normalize)
+    given.bases[1][2, 3] = bad
+    (z, *_), own_logits = own.embed(*given)
+    assert z[1, 2].isnan().any() and z[1, 2].isfinite().any() != normalize
+    assert own_logits[:2, 1, 2][ASKED[:2, 1]].isnan().all()
+    assert own_logits[2, 1, 2].isnan()
     others = [0, 1, 3, 4]
-    assert z[1, others].isfinite().all() and own_logits[0, 1, others].isfinite().all()
+    assert z[1, others].isfinite().all() and own_logits[..., others].isfinite().all()
 
 
-def test_short_vectors(row, device):
+def test_lengths_that_overflow_become_nan(own, device):
+    given = make("gcl", (5, 40), "contiguous", "float32", device)
+    given.bases[1][2] = 1e20
+    embedded, own_logits = own.embed(*given)
+    assert embedded.z[1, 2].isnan().all() and own_logits[:2, :, 2][ASKED[:2]].isnan().all()
+
+
+def test_short_vectors(own, device):
     """Below a length of 1e-12 the divisor is a constant: no projection. A combination of length
     zero has no coefficients; those of a base are one and zero."""
-    views = make_views((torch.float32,) * 2, 5, 40, device)
-    views[0][1] = 0
-    views[0][3] *= 1e-13 / views[0][3].norm()
-    views[1][2] = -views[0][2]
-    scale = torch.tensor(SCALE, device=device)
-    z, norm, inverse, own, _ = row.embed(views, [(0, 1)], True, torch.float32, scale)
-    assert (z[0, 1] == 0).all() and norm[0, 1] == 0
-    torch.testing.assert_close(z[0, 3], views[0][3] * 1e12)
-    hz, zero = random(2, 5, 40, device=device), torch.zeros(2, 2, 5, device=device)
-    given = (views, True, z, norm, inverse, own, hz.clone(), zero, scale, (True, True))
-    grads, _ = row.embed_backward(*given)
-    for line in (1, 3):
-        torch.testing.assert_close(grads[0][line], hz[0, line] * SCALE * 1e12, rtol=1e-6, atol=0)
-    table = torch.tensor([[1.0, 0], [0, 1], [1, 1]], device=device)
-    _, _, lengths, coefficients, _, own_logits = row.embed_fused(
-        views, table, [0, 1, -1], [(0, 1), (2, 2)], True, torch.float32, scale
-    )
-    assert own_logits[2, 2].tolist() == [SCALE, SCALE, 0, SCALE, SCALE]
-    assert lengths[2, 2] == 0 and (coefficients[2, :, 2] == 0).all()
-    assert coefficients.isfinite().all()
-    assert torch.equal(coefficients[:2], table[:2].unsqueeze(-1).expand(2, 2, 5))
+    zero, one = torch.zeros(3, 3, 5, device=device), torch.eye(2, device=device).unsqueeze(-1)
+    hz = random(3, 5, 40, device=device)
+    for road in ("views", "gcl"):
+        given = make(road, (5, 40), "contiguous", "float32", device)
+        bases, mixing, *_, spec = given
+        if mixing is not None:
+            mixing[2] = 1
+        bases[0][1] = 0
+        bases[0][3] *= 1e-13 / bases[0][3].norm()
+        bases[1][2] = -bases[0][2]
+        embedded, own_logits = own.embed(*given)
+        z, inverse, lengths, coefficients, _ = embedded
+        assert (z[0, 1] == 0).all() and inverse[0, 1] == 1e12 and lengths[0, 1] == 0
+        torch.testing.assert_close(z[0, 3], bases[0][3] * 1e12)
+        sums, inner = hz[: len(bases)].clone(), zero[:, :2] if road == "gcl" else hz.new_empty(0)
+        needs = [True] * len(bases) + [False, True]
+        grads = own.gradients(
+            bases, given.scale, embedded, sums, inner.contiguous(), zero, spec, needs
+        )
+        for line in (1, 3):
+            expected = hz[0, line] * SCALE * 1e12
+            torch.testing.assert_close(grads[0][line], expected, rtol=1e-6, atol=0)
+        of_itself = [SCALE, SCALE, 0.0, SCALE, SCALE] if road == "gcl" else [SCALE] * 5
+        assert own_logits[2, 2].tolist() == of_itself
+        if road == "gcl":
+            assert lengths[2, 2] == 0 and (coefficients[2, :, 2] == 0).all()
+            assert coefficients.isfinite().all()
+            assert torch.equal(coefficients[:2], one.expand(2, 2, 5))
 
 
-def run_all(row: Any, dtypes: str, layout: str, device: torch.device) -> list[Tensor]:
-    """What the four functions give."""
-    of_views, compute_dtype = DTYPES[dtypes]
-    views, scale = make_views(of_views, 9, 300, device, layout), torch.tensor(SCALE, device=device)
-    hz, grad_own = random(3, 9, 300, device=device), random(3, 3, 9, device=device)
-    table = torch.tensor(FUSED["gcl"][1], device=device)
-    embedded = row.embed(views, [(0, 2)], True, compute_dtype, scale)
-    given = (views, True, *embedded[:4], hz, grad_own, scale, (True, False, True))
-    grads, grad_scale = row.embed_backward(*given)
-    made, pairs = [0, 1, -1], [(0, 1), (2, 2)]
-    of_bases = row.embed_fused(views[:2], table, made, pairs, True, compute_dtype, scale)
-    inner, needs = hz[:, :2, :9].contiguous(), (True, False, True)
-    given = (views[:2], made, pairs, True, *of_bases[:5], hz[:2], inner, grad_own, scale, needs)
-    fused_grads, *others = row.fused_gradients(*given)
-    return [*embedded, *grads, grad_scale, *of_bases, *fused_grads, *others]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "slices", "columns"])
 @pytest.mark.parametrize("dtypes", ["bfloat16", "mixed"])
 @watches_memory
 def test_memory_of_triton(dtypes, layout):
     """Its kernels stay inside of their tensors, and their programs may run in any order."""
 
     def results(reverse: bool) -> list[Tensor]:
+        found: list[Tensor] = []
+        device = torch.device("cpu")
         with checked_memory(reverse) as memory:
-            found = run_all(BACKENDS["triton"], dtypes, layout, torch.device("cpu"))
-        assert memory.launches == [
-            "embed_kernel", "embed_backward_kernel", "embed_fused_kernel", "fused_gradients_kernel"
-        ]  # fmt: skip
+            for road in ("views", "gcl"):
+                given = make(road, (9, 300), layout, dtypes, device)
+                needs = [True, False, *[True] * len(given.bases)]
+                hz, grad_own = (random(3, *of, 9, device=device) for of in ((300,), (3,)))
+                embedded, own_logits = BACKENDS["triton"].embed(*given)
+                grads, *_ = gradients_of(
+                    BACKENDS["triton"], road, given, embedded, hz.mT, grad_own, needs
+                )
+                found += [*embedded, own_logits, *grads]
+        assert memory.launches == ["embed_kernel", "gradients_kernel"] * 2
         return found
 
     for first, second in zip(results(False), results(True), strict=True):

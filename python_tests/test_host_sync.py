@@ -7,27 +7,24 @@ and a shape and no values. One that mixes devices, or reads a value, would synch
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from half_products import add_product
+from calls import MIXED, add_product, run_backward, run_forward, spec_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gcl_kernels
-from gcl_kernels import negatives, score_fusion
-from gcl_kernels.backends import triton
+from gcl_kernels import operators
 from gcl_kernels.dispatch import BACKENDS
 
 READS_OR_COPIES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
 CUDA = torch.device("cuda:0")
-FULL = [True] * 9
 
 
 class Operations(TorchDispatchMode):
@@ -54,11 +51,9 @@ class Operations(TorchDispatchMode):
 def operations(monkeypatch) -> Callable[[Callable[[], None]], None]:
     """Checks a function's operations on fake tensors."""
     # Calls the operators' bodies instead of the operators.
-    for module in (negatives, score_fusion):
-        monkeypatch.setattr(module, "operator", lambda name, body, *_: body)
+    monkeypatch.setattr(operators, "_call", lambda _, body, given, *static: body(*given, *static))
     # torch.addmm with out_dtype has no fake.
-    tiled = dataclasses.replace(BACKENDS["tiled"], add_product=add_product)
-    monkeypatch.setitem(BACKENDS, "tiled", tiled)
+    monkeypatch.setattr(BACKENDS["tiled"], "add_product", add_product)
 
     def check(function: Callable[[], None]) -> None:
         with FakeTensorMode(), torch.no_grad(), Operations() as found:
@@ -110,8 +105,7 @@ def test_losses_of_two_views(operations, loss):
 @pytest.fixture
 def forms_the_sum(operations, monkeypatch) -> None:
     """``tiled`` in place of a backend without block functions of score fusion."""
-    row = dataclasses.replace(BACKENDS["tiled"], fuses_scores=False)
-    monkeypatch.setitem(BACKENDS, "tiled", row)
+    monkeypatch.setattr(BACKENDS["tiled"], "fuses_scores", False)
 
 
 @pytest.mark.parametrize("fused", ["in tiles", "formed"])
@@ -134,10 +128,9 @@ def launches_of_triton(monkeypatch) -> None:
 
     monkeypatch.setattr(jit.JITFunction, "run", lambda *_, **__: None)
     monkeypatch.setattr(primitives, "device_chip", lambda _: tiles.CHIPS["sm_90"])
-    monkeypatch.setattr(triton, "_check", lambda _: None)
+    monkeypatch.setattr(BACKENDS["triton"], "why_not", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
-    row = dataclasses.replace(BACKENDS["triton"], add_product=add_product)
-    monkeypatch.setitem(BACKENDS, "triton", row)
+    monkeypatch.setattr(BACKENDS["triton"], "add_product", add_product)
 
 
 @pytest.mark.parametrize("ids", [False, True])
@@ -152,17 +145,15 @@ def test_operators(operations, request, backend, dtype, ids):
     def step() -> None:
         views, s = embeddings(3, dtype, n), torch.empty((), device=CUDA)
         sample_ids = torch.empty(n, dtype=torch.int64, device=CUDA) if ids else None
-        pairs, place, needs = [0, 1, 0, 2, 1, 2, 2, 2], (backend, "", "gather"), [True] * 4
-        given = (FULL, pairs, True, None, dtype, *place, needs)
-        lse, own, *saved = negatives._forward(views, s, sample_ids, *given)
-        assert {x.device for x in saved} == {CUDA}  # else one CUDA graph could not hold it
-        given = (views, s, sample_ids, FULL, True, None, *place, *saved)
-        negatives._backward(*given, lse, lse, own, needs)
-        bases, mixing = [0, 1, -1], torch.empty(3, 2, device=CUDA)
-        given = (*views[:2], mixing, s, sample_ids, FULL, pairs)
-        lse, own, *saved = score_fusion._forward(*given, bases, True, None, dtype, *place, needs)
-        assert {x.device for x in saved} == {CUDA}
-        score_fusion._backward(*given, bases, True, None, *place, *saved, lse, lse, own, needs)
+        pairs = ((0, 1), (0, 2), (1, 2), (2, 2))
+        options = {"own_pairs": pairs, "compute_dtype": dtype, "backend": backend}
+        mixing = torch.empty(3, 2, device=CUDA)
+        for mixed, bases in ((None, views), (MIXED, views[:2])):
+            spec, needs = spec_of(mixed=mixed, **options), [True] * (len(bases) + 2)
+            of_mixed = None if mixed is None else mixing
+            results = run_forward(bases, spec, needs, s, sample_ids, of_mixed)
+            assert {x.device for x in results} == {CUDA}  # else one CUDA graph could not hold it
+            run_backward(bases, spec, needs, s, results, sample_ids)
 
     operations(step)
 

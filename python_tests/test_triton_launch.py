@@ -10,14 +10,14 @@ import os
 import subprocess
 import sys
 import traceback
+from typing import Any
 
 import pytest
 import torch
+from calls import MIXED, add_product, run_backward, run_forward, spec_of, write_product
 from interpreter import starts
 
-from gcl_kernels.backends import triton as backend
-from gcl_kernels.blocks import plan_blocks
-from gcl_kernels.problem import FusedProblem, Problem, Workspace, empty_stats
+from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.spec import BoolTable
 
 ALL: BoolTable = ((True,) * 3,) * 3
@@ -25,57 +25,40 @@ CLIP: BoolTable = ((False, True), (True, False))
 
 CASES = {
     # One sample and one dimension: Triton makes a constant of an argument that is 1.
-    "one": (1, 1, torch.bfloat16, None, ALL),
-    "ids": (40, 64, torch.float16, torch.int32, CLIP),
-    "not aligned": (37, 67, torch.float32, None, ALL),
+    "one": (1, 1, torch.bfloat16, False, ALL),
+    "ids": (40, 64, torch.float16, True, CLIP),
+    "not aligned": (37, 67, torch.float32, False, ALL),
 }
 
 
-def general(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) -> None:
-    views, scale = [torch.zeros(n, d, dtype=dtype) for _ in candidates], torch.ones(())
-    pairs, needs = [(0, 0), (0, 1)], [True] * (len(views) - 1) + [False]
-    embedded = backend.embed(views, pairs, True, dtype, scale)
-    of_z, of_own = (embedded[k].new_zeros(embedded[k].shape, dtype=torch.float32) for k in (0, 4))
-    backend.embed_backward(views, True, *embedded[:4], of_z, of_own, scale, needs)
-    z = embedded[0].flatten(0, 1)
-    ids = None if ids_dtype is None else torch.zeros(z.shape[0], dtype=ids_dtype)
-    problem = Problem(z, z, ids, ids, torch.ones(()), None, True)
-    plan = plan_blocks(n, candidates, backend.block_rows(z))
-    workspace, rows = Workspace(z.device, plan), torch.zeros(z.shape[0])
-    stats = empty_stats(problem, problem.z_rows)
-    for block in plan:
-        backend.block_stats(problem, block, stats, stats, workspace)
-        backend.block_weights(problem, block, rows, rows, rows, rows, workspace)
+KERNELS = {
+    "views": {"embed_kernel", "stats_kernel", "fold_kernel", "weights_kernel", "gradients_kernel"},
+    "fused": {
+        "embed_kernel", "fused_stats_kernel", "fold_kernel", "fused_weights_kernel",
+        "inner_kernel", "gradients_kernel",
+    },
+}  # fmt: skip
 
 
-def fused(n: int, d: int, dtype: torch.dtype, ids_dtype, candidates: BoolTable) -> None:
-    bases = (0, 1, None)[: len(candidates)]
-    views = [torch.zeros(n, d, dtype=dtype), torch.zeros(d, n, dtype=dtype).t()]
-    mixing, needs = torch.zeros(len(bases), 2), [False, True, True]
-    made_of, pairs, scale = [0, 1, -1][: len(bases)], [(0, 0), (0, 1)], torch.ones(())
-    *embedded, own_logits = backend.embed_fused(views, mixing, made_of, pairs, True, dtype, scale)
-    z, _, _, coefficients, _ = embedded
-    r, inner = torch.zeros(z.shape), torch.zeros_like(coefficients)
-    backend.fused_gradients(
-        views, made_of, pairs, True, *embedded, r, inner, own_logits, scale, needs
-    )
-    ids = None if ids_dtype is None else torch.zeros(n, dtype=ids_dtype)
-    problem = FusedProblem(
-        z, z, coefficients, coefficients, bases, candidates, ids, ids, torch.ones(()), None, True
-    )
-    plan = plan_blocks(n, ((True,),), backend.fused_block_rows(z, 3))
-    workspace, rows = Workspace(z.device, plan), torch.zeros(len(bases), n)
-    stats = empty_stats(problem, problem.z_rows)
-    for block in plan:
-        backend.fused_block_stats(problem, block, stats, stats, workspace)
-        backend.fused_block_weights(
-            problem, block, rows, rows, rows, rows, coefficients, coefficients, workspace
-        )
+def passes(road: str, n: int, d: int, dtype: torch.dtype, ids: bool, candidates: BoolTable) -> None:
+    """Both passes, without a gradient of one view."""
+    mixed = MIXED[: len(candidates)] if road == "fused" else None
+    mixing = None if mixed is None else torch.zeros(len(mixed), 2)
+    spec = spec_of(
+        candidates=candidates, own_pairs=((0, 0), (0, 1)), mixed=mixed, compute_dtype=dtype,
+        backend="triton",
+    )  # fmt: skip
+    num_given = len(candidates) - 1 if mixed is None else 1
+    bases = [torch.zeros(n, d, dtype=dtype)] * num_given + [torch.zeros(d, n, dtype=dtype).t()]
+    needs = [True] * num_given + [False, mixed is not None, True]
+    sample_ids = torch.zeros(n, dtype=torch.int64) if ids else None
+    results = run_forward(bases, spec, needs, torch.ones(()), sample_ids, mixing)
+    run_backward(bases, spec, needs, torch.ones(()), results, sample_ids)
 
 
 def main() -> None:
     """In a process of its own: launch everything on a chip that is not there, and print for each
-    function and case what was launched."""
+    road and case what was launched."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime import driver
@@ -112,15 +95,17 @@ def main() -> None:
         return run(self, *arguments, grid=grid, warmup=True, **named)
 
     JITFunction.run = only_compile
+    backend: Any = BACKENDS["triton"]
     backend.why_not = lambda *arguments: None  # tensors stay on the CPU
-    for function in (general, fused):
+    backend.write_product, backend.add_product = write_product, add_product
+    for road in KERNELS:
         for case in CASES:
             launched.clear()
             try:
-                function(*CASES[case])
+                passes(road, *CASES[case])
             except Exception:
                 launched.append(traceback.format_exc())
-            print(json.dumps([function.__name__, case, launched]))
+            print(json.dumps([road, case, launched]))
 
 
 @pytest.fixture(scope="module")
@@ -133,30 +118,13 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     )
     assert result.returncode == 0, result.stderr[-3000:]
     lines = map(json.loads, result.stdout.splitlines())
-    return {(function, case): launched for function, case, launched in lines}
+    return {(road, case): launched for road, case, launched in lines}
 
 
 @starts
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("function", ["general", "fused"])
-def test_launches_compile(launches, function, case):
-    kernels = {
-        "general": {
-            "embed_kernel",
-            "stats_kernel",
-            "fold_kernel",
-            "weights_kernel",
-            "embed_backward_kernel",
-        },
-        "fused": {
-            "embed_fused_kernel",
-            "fused_stats_kernel",
-            "fold_kernel",
-            "fused_weights_kernel",
-            "inner_kernel",
-            "fused_gradients_kernel",
-        },
-    }
+@pytest.mark.parametrize("road", KERNELS)
+def test_launches_compile(launches, road, case):
     dim = CASES[case][1]
-    of_one_number = {"embed_kernel", "embed_fused_kernel"} if dim == 1 else set()  # PyTorch's
-    assert set(launches[function, case]) == kernels[function] - of_one_number
+    of_one_number = {"embed_kernel"} if dim == 1 else set()  # PyTorch's
+    assert set(launches[road, case]) == KERNELS[road] - of_one_number

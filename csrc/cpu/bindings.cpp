@@ -1,8 +1,10 @@
 // gcl_kernels._cpu: the module, and the functions over samples. Addresses and sizes in, no tensors:
 // it links no PyTorch and serves every version of it.
 
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -10,90 +12,70 @@
 
 namespace gcl {
 
-// Samples in `threads` ranges: no sample's result depends on another.
+// What both functions over samples are given, as problem.py's Embedded lies in memory.
+struct Embedded {
+  int threads;
+  const Views* views;
+  int bases;
+  int64_t samples, dim;
+  bool normalize;
+  double eps, scale;
+  Address z, inverse, lengths, coefficients, dots;
+
+  template <class T>
+  Samples<T> as() const {
+    return {views,    bases,          samples,        dim,
+            normalize, T(eps),        T(scale),       at<T>(z),
+            at<T>(inverse), at<T>(lengths), at<T>(coefficients), at<T>(dots)};
+  }
+};
+
+// Samples in ranges, one a thread: no sample's result depends on another.
 template <class F>
-static void for_samples(int64_t samples, int64_t elements, int threads, const F& body) {
+static void for_samples(const Embedded& s, const F& body) {
   py::gil_scoped_release release;
-  const int64_t parts = elements < parallel_copies ? 1 : threads;
-  for_each_strip(parts, threads, parts > 1, [&](int64_t part) {
-    body(samples * part / parts, samples * (part + 1) / parts);
+  const int64_t parts = s.bases * s.samples * s.dim < parallel_copies ? 1 : s.threads;
+  for_each_strip(parts, s.threads, parts > 1, [&](int64_t part) {
+    body(s.samples * part / parts, s.samples * (part + 1) / parts);
   });
 }
 
+// Mixing: 0 where each view is its own base.
 template <class T>
-static void embed(int threads, const std::vector<Address>& views,
-                  const std::vector<int64_t>& pitches, int64_t samples, int64_t dim,
-                  bool normalize, double eps, const std::vector<int64_t>& pairs, double scale,
-                  double absent, Address z, Address norm, Address inverse, Address own,
+static void embed(const Embedded& embedded, const std::vector<Address>& bases,
+                  const std::vector<int64_t>& pitches, Address mixing, double absent,
                   Address own_logits) {
   Embedding<T> s{};
-  s.scale = T(scale), s.absent = T(absent), s.own_logits = at<T>(own_logits);
-  s.views = int(views.size());
-  s.samples = samples, s.dim = dim, s.normalize = normalize, s.eps = T(eps);
-  for (int v = 0; v < s.views; ++v) s.e[v] = at<T>(views[v]), s.pitch[v] = pitches[v];
-  for (size_t i = 0; i + 1 < pairs.size(); i += 2) s.pairs[pairs[i] * s.views + pairs[i + 1]] = true;
-  s.z = at<T>(z), s.norm = at<T>(norm), s.inverse = at<T>(inverse), s.own = at<T>(own);
-  for_samples(samples, s.views * samples * dim, threads,
-              [&](int64_t start, int64_t stop) { kernels<T>().embed(s, start, stop); });
+  s.of = embedded.as<T>();
+  for (size_t b = 0; b < bases.size(); ++b) s.e[b] = at<T>(bases[b]), s.pitch[b] = pitches[b];
+  s.mixing = at<T>(mixing), s.absent = T(absent), s.own_logits = at<T>(own_logits);
+  for_samples(embedded, [&](int64_t start, int64_t stop) { kernels<T>().embed(s, start, stop); });
 }
 
+// By halves: the error does not grow with the number of terms.
 template <class T>
-static void embed_backward(int threads, int64_t samples, int64_t dim, bool normalize, double eps,
-                           double scale, Address z, Address norm, Address inverse, Address own,
-                           Address hz, Address grad_own_logits,
-                           const std::vector<Address>& grads, Address grad_scale) {
+static T sum(const T* terms, int64_t count) {
+  if (count <= 64) return std::accumulate(terms, terms + count, T(0));
+  return sum(terms, count / 2) + sum(terms + count / 2, count - count / 2);
+}
+
+// Inner, grad_mixing: 0 where each view is its own base; a base's gradient: 0 where not needed.
+template <class T>
+static void gradients(const Embedded& embedded, Address sums, Address inner,
+                      Address grad_own_logits, const std::vector<Address>& grads,
+                      Address grad_mixing, Address grad_scale) {
+  const int64_t views = embedded.views->count, samples = embedded.samples;
+  std::vector<T> shares((2 * views + 1) * samples);
   EmbeddingGradient<T> s{};
-  s.views = int(grads.size());
-  s.samples = samples, s.dim = dim, s.normalize = normalize, s.eps = T(eps), s.scale = T(scale);
-  s.z = at<T>(z), s.norm = at<T>(norm), s.inverse = at<T>(inverse), s.own = at<T>(own);
-  s.hz = at<T>(hz), s.grad_own_logits = at<T>(grad_own_logits);
-  s.grad_scale = at<T>(grad_scale);
-  for (int v = 0; v < s.views; ++v) s.grad[v] = at<T>(grads[v]);
-  for_samples(samples, s.views * samples * dim, threads,
-              [&](int64_t start, int64_t stop) { kernels<T>().embed_backward(s, start, stop); });
-}
-
-template <class T>
-static void embed_fused(int threads, const std::vector<Address>& views,
-                        const std::vector<int64_t>& pitches, int64_t samples, int64_t dim,
-                        const std::vector<int>& bases, const std::vector<int64_t>& pairs,
-                        Address mixing, bool normalize, double eps, double scale, double absent,
-                        Address z, Address inverse, Address lengths, Address coefficients,
-                        Address dots, Address own_logits) {
-  FusedEmbedding<T> s{};
-  s.views = int(bases.size());
-  s.samples = samples, s.dim = dim, s.normalize = normalize, s.eps = T(eps);
-  for (int b = 0; b < 2; ++b) s.e[b] = at<T>(views[b]), s.pitch[b] = pitches[b];
-  s.scale = T(scale), s.absent = T(absent), s.own_logits = at<T>(own_logits);
-  std::copy(bases.begin(), bases.end(), s.bases);
-  for (size_t i = 0; i + 1 < pairs.size(); i += 2) {
-    s.pairs[pairs[i] * s.views + pairs[i + 1]] = true;
-    s.self |= pairs[i] == pairs[i + 1];
-  }
-  s.mixing = at<T>(mixing), s.z = at<T>(z), s.inverse = at<T>(inverse);
-  s.lengths = at<T>(lengths), s.coefficients = at<T>(coefficients), s.dots = at<T>(dots);
-  for_samples(samples, 2 * samples * dim, threads,
-              [&](int64_t start, int64_t stop) { kernels<T>().embed_fused(s, start, stop); });
-}
-
-template <class T>
-static void fused_gradients(int threads, int64_t samples, int64_t dim,
-                            const std::vector<int>& bases, bool self, bool normalize, double eps,
-                            double scale, Address z, Address inverse, Address lengths,
-                            Address coefficients, Address dots, Address r, Address inner,
-                            Address grad_own_logits, const std::vector<Address>& grads,
-                            Address shares) {
-  FusedGradient<T> s{};
-  s.views = int(bases.size());
-  s.samples = samples, s.dim = dim, s.scale = T(scale), s.eps = T(eps);
-  s.self = self, s.normalize = normalize;
-  std::copy(bases.begin(), bases.end(), s.bases);
-  s.z = at<T>(z), s.r = at<T>(r), s.inverse = at<T>(inverse), s.lengths = at<T>(lengths);
-  s.coefficients = at<T>(coefficients), s.dots = at<T>(dots), s.inner = at<T>(inner);
-  s.grad_own_logits = at<T>(grad_own_logits), s.shares = at<T>(shares);
-  for (int b = 0; b < 2; ++b) s.grad[b] = at<T>(grads[b]);
-  for_samples(samples, 2 * samples * dim, threads,
-              [&](int64_t start, int64_t stop) { kernels<T>().fused_gradients(s, start, stop); });
+  s.of = embedded.as<T>();
+  s.sums = at<T>(sums), s.inner = at<T>(inner), s.grad_own_logits = at<T>(grad_own_logits);
+  for (size_t b = 0; b < grads.size(); ++b) s.grad[b] = at<T>(grads[b]);
+  s.shares = shares.data();
+  for_samples(embedded,
+              [&](int64_t start, int64_t stop) { kernels<T>().gradients(s, start, stop); });
+  const auto total = [&](int64_t row) { return sum(shares.data() + row * samples, samples); };
+  for (int64_t row = 0; grad_mixing && row < 2 * views; ++row) at<T>(grad_mixing)[row] = total(row);
+  *at<T>(grad_scale) = total(2 * views);
 }
 
 static const std::pair<const char*, Isa> instruction_sets[] = {
@@ -130,7 +112,49 @@ static void bind_choice(py::module_& m, const std::string& what,
   });
 }
 
+static Views make_views(const std::vector<int>& bases,
+                        const std::vector<std::pair<int, int>>& pairs) {
+  if (bases.size() > size_t(max_views))
+    throw std::invalid_argument("expected at most " + std::to_string(max_views) + " views, got " +
+                                std::to_string(bases.size()));
+  Views views;
+  views.count = int(bases.size());
+  std::copy(bases.begin(), bases.end(), views.bases);
+  for (const auto& [v, w] : pairs) {
+    views.pairs[v * views.count + w] = true;
+    views.pairs_itself |= v == w;
+  }
+  return views;
+}
+
 }  // namespace gcl
+
+// A struct that is given as the tuple of its members.
+template <class Struct, class... Members>
+struct from_tuple {
+  PYBIND11_TYPE_CASTER(Struct, pybind11::detail::const_name("tuple"));
+
+  bool load(pybind11::handle source, bool convert) {
+    using Tuple = std::tuple<Members...>;
+    pybind11::detail::make_caster<Tuple> members;
+    if (!members.load(source, convert)) return false;
+    value = std::apply([](auto... member) { return Struct{member...}; },
+                       pybind11::detail::cast_op<Tuple>(std::move(members)));
+    return true;
+  }
+};
+
+namespace pybind11::detail {
+using gcl::Address, gcl::Views;
+template <>
+struct type_caster<gcl::Problem>
+    : from_tuple<gcl::Problem, int, double, bool, Address, Address, Address, int64_t, int64_t,
+                 int64_t, const Views*, Address, Address> {};
+template <>
+struct type_caster<gcl::Embedded>
+    : from_tuple<gcl::Embedded, int, const Views*, int, int64_t, int64_t, bool, double, double,
+                 Address, Address, Address, Address, Address> {};
+}  // namespace pybind11::detail
 
 PYBIND11_MODULE(_cpu, m) {
   using namespace gcl;
@@ -146,6 +170,7 @@ PYBIND11_MODULE(_cpu, m) {
     if (products_in_use == Products::pytorch) products_in_use = Products::blas;
   });
   m.attr("max_views") = max_views;
+  py::class_<Views>(m, "Views").def(py::init(&make_views));
   py::class_<BlockPlace>(m, "BlockPlace")
       .def(py::init([](int64_t row_start, int64_t rows, int64_t col_start, int64_t cols,
                        bool serves_rows, bool serves_cols, bool diagonal,
@@ -163,11 +188,5 @@ PYBIND11_MODULE(_cpu, m) {
   both("statistics", statistics<float>, statistics<double>);
   both("matrix_gradient", matrix_gradient<float>, matrix_gradient<double>);
   both("embed", embed<float>, embed<double>);
-  both("embed_backward", embed_backward<float>, embed_backward<double>);
-  both("embed_fused", embed_fused<float>, embed_fused<double>);
-  both("fused_gradients", fused_gradients<float>, fused_gradients<double>);
-  both("fused_block_stats", fused_block_stats<float>, fused_block_stats<double>);
-  both("fused_block_weights", fused_block_weights<float>, fused_block_weights<double>);
-  both("fused_statistics", fused_statistics<float>, fused_statistics<double>);
-  both("fused_matrix_gradient", fused_matrix_gradient<float>, fused_matrix_gradient<double>);
+  both("gradients", gradients<float>, gradients<double>);
 }

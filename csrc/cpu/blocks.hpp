@@ -112,44 +112,88 @@ struct BlockPlace {
   }
 };
 
+// What the blocks of a pass share: rows against columns, the same ones in a square problem.
+struct Problem {
+  int threads;
+  double scale;
+  bool bounded;
+  Address row_ids, col_ids;  // 0: the default ones
+  Address z;                 // of a square problem; of two bases in score fusion
+  int64_t rows, cols, dim;   // of embeddings; of samples in score fusion
+  const Views* fused;        // score fusion's views, or null
+  Address row_coefficients, col_coefficients;
+
+  int bases() const { return fused ? 2 : 1; }
+  int64_t views() const { return fused ? fused->count : 1; }
+  int64_t strip_size() const { return fused ? fused_strip_rows : strip_rows; }
+  int64_t strips(const BlockPlace& b) const { return parts_of(b.rows, strip_size()); }
+};
+
+// A block's columns of an array of `rows` rows, each padded with zeros.
 template <class T>
-static void block_stats(int threads, Address dots, int64_t stride, const BlockPlace& b,
-                        Address row_ids, Address col_ids, double scale, bool bounded, Address max,
-                        Address sum, Address col_max, Address col_sum) {
-  const int64_t strips = parts_of(b.rows, strip_rows), pitch = padded(b.cols);
-  std::vector<T> strip_max(bounded ? 0 : strips * pitch, std::numeric_limits<T>::lowest());
-  std::vector<T> strip_sum(strips * pitch, T(0));
-  {
-    py::gil_scoped_release release;
-    for_each_strip(strips, threads, b.rows * b.cols >= parallel_elements, [&](int64_t strip) {
-      const int64_t start = strip * strip_rows, rows = std::min(strip_rows, b.rows - start);
-      StatsStrip<T> s{};
-      s.dots = at<T>(dots, start * stride);
-      s.stride = stride, s.rows = rows, s.cols = b.cols;
-      s.scale = T(scale);
-      s.mask = b.mask(start, row_ids, col_ids);
-      s.serves_rows = b.serves_rows, s.serves_cols = b.sums_cols();
-      s.row_sum = at<T>(sum, b.row_start + start);
-      s.col_sum = strip_sum.data() + strip * pitch;
-      if (bounded) {
-        kernels<T>().stats_bounded(s);
-        return;
-      }
-      std::vector<T> buffer(rows * pitch);
-      s.row_max = at<T>(max, b.row_start + start);
-      s.col_max = strip_max.data() + strip * pitch;
-      s.buffer = buffer.data(), s.buffer_stride = pitch;
-      kernels<T>().stats_running(s);
-    });
-    if (!b.sums_cols()) return;
-    T *total_max = at<T>(col_max, b.col_start), *total_sum = at<T>(col_sum, b.col_start);
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      const T* part = strip_sum.data() + strip * pitch;
+static std::vector<T> columns(const Problem& p, const BlockPlace& b, Address from, int64_t rows) {
+  const int64_t pitch = padded(b.cols);
+  std::vector<T> to(rows * pitch, T(0));
+  for (int64_t r = 0; r < rows; ++r)
+    std::memcpy(to.data() + r * pitch, at<T>(from, r * p.cols + b.col_start), b.cols * sizeof(T));
+  return to;
+}
+
+// Calls body(strip, its number, its first row) with what all passes ask of a strip.
+template <class T, class F>
+static void for_strips(const Problem& p, const BlockPlace& b, Address tile, int64_t stride,
+                       const F& body) {
+  const auto coefficients = columns<T>(p, b, p.col_coefficients, p.fused ? 2 * p.views() : 0);
+  py::gil_scoped_release release;
+  const bool parallel = b.rows * b.cols >= parallel_elements;
+  for_each_strip(p.strips(b), p.threads, parallel, [&](int64_t number) {
+    const int64_t start = number * p.strip_size();
+    Strip<T> s{};
+    for (int base = 0; base < p.bases() * p.bases(); ++base)
+      s.y[base / 2][base % 2] = at<T>(tile, (base * b.rows + start) * stride);
+    s.stride = stride, s.rows = std::min(p.strip_size(), b.rows - start), s.cols = b.cols;
+    s.scale = T(p.scale), s.bounded = p.bounded;
+    s.mask = b.mask(start, p.row_ids, p.col_ids);
+    s.serves_rows = b.serves_rows, s.serves_cols = b.sums_cols();
+    s.row_pitch = p.rows, s.col_pitch = padded(b.cols);
+    if (p.fused) {
+      s.views = p.fused->count, s.bases = p.fused->bases, s.candidates = p.fused->pairs;
+      s.row_coefficient = at<T>(p.row_coefficients, b.row_start + start);
+      s.col_coefficient = coefficients.data();
+    }
+    body(s, number, start);
+  });
+}
+
+template <class T>
+static void block_stats(const Problem& p, const BlockPlace& b, Address tile, int64_t stride,
+                        Address max, Address sum, Address col_max, Address col_sum) {
+  const int64_t pitch = padded(b.cols), size = p.views() * pitch, strips = p.strips(b);
+  std::vector<T> strip_max(p.bounded ? 0 : strips * size, std::numeric_limits<T>::lowest());
+  std::vector<T> strip_sum(strips * size, T(0));
+  for_strips<T>(p, b, tile, stride, [&](Strip<T>& s, int64_t number, int64_t start) {
+    const Kernels<T>& of = kernels<T>();
+    s.row_sum = at<T>(sum, b.row_start + start);
+    s.col_sum = strip_sum.data() + number * size;
+    if (p.bounded) {
+      (p.fused ? of.fused_stats_bounded : of.stats_bounded)(s);
+      return;
+    }
+    std::vector<T> buffer(s.rows * p.views() * size);
+    s.row_max = at<T>(max, b.row_start + start);
+    s.col_max = strip_max.data() + number * size;
+    s.buffer = buffer.data();
+    (p.fused ? of.fused_stats_running : of.stats_running)(s);
+  });
+  for (int64_t number = 0; b.sums_cols() && number < strips; ++number) {
+    for (int64_t v = 0; v < p.views(); ++v) {
+      const int64_t part = number * size + v * pitch, total = v * p.cols + b.col_start;
       for (int64_t k = 0; k < b.cols; ++k) {
-        if (bounded)
-          total_sum[k] += part[k];
+        if (p.bounded)
+          at<T>(col_sum, total)[k] += strip_sum[part + k];
         else
-          fold(total_max[k], total_sum[k], strip_max[strip * pitch + k], part[k]);
+          fold(at<T>(col_max, total)[k], at<T>(col_sum, total)[k], strip_max[part + k],
+               strip_sum[part + k]);
       }
     }
   }
@@ -165,167 +209,39 @@ static void factors(T* factor, T* lse, const T* from_grad, const T* from_lse, in
   }
 }
 
+// Inner: of score fusion alone.
 template <class T>
-static void block_weights(int threads, Address dots, int64_t stride, const BlockPlace& b,
-                          Address row_ids, Address col_ids, double scale, bool bounded,
-                          Address row_lse, Address row_grad, Address col_lse, Address col_grad,
-                          Address out, int64_t out_stride) {
-  const int64_t pitch = padded(b.cols);
-  std::vector<T> numbers(2 * b.rows + 2 * pitch, T(0));
-  T *row_factor = numbers.data(), *row_l = row_factor + b.rows, *col_factor = row_l + b.rows,
-    *col_l = col_factor + pitch;
-  factors(row_factor, row_l, at<T>(row_grad, b.row_start), at<T>(row_lse, b.row_start), b.rows,
-          b.serves_rows, bounded, T(scale));
-  factors(col_factor, col_l, at<T>(col_grad, b.col_start), at<T>(col_lse, b.col_start), b.cols,
-          b.serves_cols, bounded, T(scale));
-  const int64_t strips = parts_of(b.rows, strip_rows);
-  py::gil_scoped_release release;
-  for_each_strip(strips, threads, b.rows * b.cols >= parallel_elements, [&](int64_t strip) {
-    const int64_t start = strip * strip_rows, rows = std::min(strip_rows, b.rows - start);
-    kernels<T>().weights({at<T>(dots, start * stride), stride, rows, b.cols, T(scale), bounded,
-                          b.mask(start, row_ids, col_ids), row_l + start, row_factor + start,
-                          col_l, col_factor, at<T>(out, start * out_stride), out_stride});
-  });
-}
-
-// What both passes of a block over samples share.
-template <class T>
-static FusedStrip<T> fused_strip(const BlockPlace& b, Address y, int64_t stride,
-                                 const std::vector<int>& bases, const std::vector<bool>& candidates,
-                                 double scale, bool bounded, Address row_coefficients,
-                                 int64_t row_samples, const T* col_coefficients, int64_t pitch) {
-  if (bases.size() > size_t(max_views))
-    throw std::invalid_argument("expected at most " + std::to_string(max_views) + " views, got " +
-                                std::to_string(bases.size()));
-  FusedStrip<T> s{};
-  const int64_t tile = b.rows * stride;
-  for (int base = 0; base < 4; ++base) s.y[base / 2][base % 2] = at<T>(y, base * tile);
-  s.stride = stride, s.rows = b.rows, s.cols = b.cols;
-  s.views = int(bases.size()), s.scale = T(scale), s.bounded = bounded;
-  s.serves_cols = b.sums_cols();
-  std::copy(bases.begin(), bases.end(), s.bases);
-  std::copy(candidates.begin(), candidates.end(), s.candidates);
-  s.row_coefficient = at<T>(row_coefficients, b.row_start);
-  s.row_pitch = row_samples;
-  s.col_coefficient = col_coefficients, s.col_pitch = pitch;
-  return s;
-}
-
-// Rows of a [rows, samples] array from the block's first column on, padded with zeros.
-template <class T>
-static std::vector<T> gather(Address from, int64_t rows, int64_t samples, int64_t start,
-                             int64_t count, int64_t pitch) {
-  std::vector<T> to(rows * pitch, T(0));
-  for (int64_t r = 0; r < rows; ++r)
-    std::memcpy(to.data() + r * pitch, at<T>(from, r * samples + start), count * sizeof(T));
-  return to;
-}
-
-// Moves a strip of the whole block to `start`.
-template <class T>
-static void advance(FusedStrip<T>& s, int64_t start, int64_t rows) {
-  for (auto& of_base : s.y)
-    for (auto& tile : of_base) tile += start * s.stride;
-  s.rows = rows;
-  s.row_coefficient += start;
-}
-
-template <class T>
-static void fused_block_stats(int threads, Address y, int64_t stride, const BlockPlace& b,
-                              Address row_ids, Address col_ids,
-                              const std::vector<int>& bases, const std::vector<bool>& candidates,
-                              double scale, bool bounded, Address row_coefficients,
-                              int64_t row_samples, Address col_coefficients, int64_t col_samples,
-                              Address max, Address sum, Address col_max, Address col_sum) {
-  const int64_t views = bases.size(), pitch = padded(b.cols);
-  const auto columns =
-      gather<T>(col_coefficients, views * 2, col_samples, b.col_start, b.cols, pitch);
-  FusedStrip<T> block = fused_strip<T>(b, y, stride, bases, candidates, scale, bounded,
-                                       row_coefficients, row_samples, columns.data(), pitch);
-  const int64_t strips = parts_of(b.rows, fused_strip_rows), size = views * pitch;
-  std::vector<T> strip_max(bounded ? 0 : strips * size, std::numeric_limits<T>::lowest());
-  std::vector<T> strip_sum(strips * size, T(0));
-  py::gil_scoped_release release;
-  for_each_strip(strips, threads, b.rows * b.cols >= parallel_elements, [&](int64_t strip) {
-    const int64_t start = strip * fused_strip_rows;
-    FusedStrip<T> s = block;
-    advance(s, start, std::min(fused_strip_rows, b.rows - start));
-    s.mask = b.mask(start, row_ids, col_ids);
-    s.row_max = at<T>(max, b.row_start + start), s.row_sum = at<T>(sum, b.row_start + start);
-    s.col_sum = strip_sum.data() + strip * size;
-    if (bounded) {
-      kernels<T>().fused_stats_bounded(s);
-      return;
-    }
-    std::vector<T> buffer(s.rows * views * size);
-    s.col_max = strip_max.data() + strip * size, s.buffer = buffer.data();
-    kernels<T>().fused_stats_running(s);
-  });
-  if (!b.sums_cols()) return;
-  for (int64_t strip = 0; strip < strips; ++strip) {
-    for (int64_t v = 0; v < views; ++v) {
-      const T* part = strip_sum.data() + strip * size + v * pitch;
-      T* total_sum = at<T>(col_sum, v * col_samples + b.col_start);
-      T* total_max = at<T>(col_max, v * col_samples + b.col_start);
-      for (int64_t k = 0; k < b.cols; ++k) {
-        if (bounded)
-          total_sum[k] += part[k];
-        else
-          fold(total_max[k], total_sum[k], strip_max[strip * size + v * pitch + k], part[k]);
-      }
-    }
-  }
-}
-
-template <class T>
-static void fused_block_weights(int threads, Address y, int64_t stride, const BlockPlace& b,
-                                Address row_ids, Address col_ids,
-                                const std::vector<int>& bases, const std::vector<bool>& candidates,
-                                double scale, bool bounded, Address row_coefficients,
-                                int64_t row_samples, Address col_coefficients, int64_t col_samples,
-                                Address row_lse, Address row_grad, Address col_lse,
-                                Address col_grad, Address row_inner, Address col_inner,
-                                Address out, int64_t out_stride) {
-  const int64_t views = bases.size(), pitch = padded(b.cols);
-  const auto columns =
-      gather<T>(col_coefficients, views * 2, col_samples, b.col_start, b.cols, pitch);
-  auto col_l = gather<T>(col_lse, views, col_samples, b.col_start, b.cols, pitch);
-  auto col_f = gather<T>(col_grad, views, col_samples, b.col_start, b.cols, pitch);
-  FusedStrip<T> block = fused_strip<T>(b, y, stride, bases, candidates, scale, bounded,
-                                       row_coefficients, row_samples, columns.data(), pitch);
+static void block_weights(const Problem& p, const BlockPlace& b, Address tile, int64_t stride,
+                          Address row_lse, Address row_grad, Address row_inner, Address col_lse,
+                          Address col_grad, Address col_inner, Address out, int64_t out_stride) {
+  const int64_t views = p.views(), pitch = padded(b.cols), size = 2 * views * pitch;
   // Padded columns have factor zero and, being masked, logits of -inf.
-  for (int64_t v = 0; v < views; ++v)
-    factors(col_f.data() + v * pitch, col_l.data() + v * pitch, col_f.data() + v * pitch,
-            col_l.data() + v * pitch, b.cols, true, bounded, T(scale));
+  auto col_l = columns<T>(p, b, col_lse, views), col_f = columns<T>(p, b, col_grad, views);
   std::vector<T> row_l(views * b.rows), row_f(views * b.rows);
-  for (int64_t v = 0; v < views; ++v)
-    factors(row_f.data() + v * b.rows, row_l.data() + v * b.rows,
-            at<T>(row_grad, v * row_samples + b.row_start),
-            at<T>(row_lse, v * row_samples + b.row_start), b.rows, true, bounded, T(scale));
-  const int64_t strips = parts_of(b.rows, fused_strip_rows);
-  const int64_t size = views * 2 * pitch, out_tile = b.rows * out_stride;
+  for (int64_t v = 0; v < views; ++v) {
+    T *of_cols = col_f.data() + v * pitch, *l = col_l.data() + v * pitch;
+    factors(of_cols, l, of_cols, l, b.cols, b.serves_cols, p.bounded, T(p.scale));
+    const int64_t from = v * p.rows + b.row_start;
+    factors(row_f.data() + v * b.rows, row_l.data() + v * b.rows, at<T>(row_grad, from),
+            at<T>(row_lse, from), b.rows, b.serves_rows, p.bounded, T(p.scale));
+  }
+  const int64_t strips = p.fused ? p.strips(b) : 0;
   std::vector<T> strip_inner(strips * size, T(0));
-  py::gil_scoped_release release;
-  for_each_strip(strips, threads, b.rows * b.cols >= parallel_elements, [&](int64_t strip) {
-    const int64_t start = strip * fused_strip_rows;
-    FusedStrip<T> s = block;
-    advance(s, start, std::min(fused_strip_rows, b.rows - start));
-    s.mask = b.mask(start, row_ids, col_ids);
+  for_strips<T>(p, b, tile, stride, [&](Strip<T>& s, int64_t number, int64_t start) {
     s.row_lse = row_l.data() + start, s.row_factor = row_f.data() + start;
     s.row_factor_pitch = b.rows;
     s.col_lse = col_l.data(), s.col_factor = col_f.data();
     s.row_inner = at<T>(row_inner, b.row_start + start);
-    s.col_inner = strip_inner.data() + strip * size;
-    for (int base = 0; base < 4; ++base)
-      s.out[base / 2][base % 2] = at<T>(out, base * out_tile + start * out_stride);
+    s.col_inner = strip_inner.data() + number * size;
+    for (int base = 0; base < p.bases() * p.bases(); ++base)
+      s.out[base / 2][base % 2] = at<T>(out, (base * b.rows + start) * out_stride);
     s.out_stride = out_stride;
-    kernels<T>().fused_weights(s);
+    (p.fused ? kernels<T>().fused_weights : kernels<T>().weights)(s);
   });
-  if (!b.sums_cols()) return;
-  for (int64_t strip = 0; strip < strips; ++strip) {
+  for (int64_t number = 0; b.sums_cols() && number < strips; ++number) {
     for (int64_t v = 0; v < views * 2; ++v) {
-      const T* part = strip_inner.data() + strip * size + v * pitch;
-      T* total = at<T>(col_inner, v * col_samples + b.col_start);
+      const T* part = strip_inner.data() + number * size + v * pitch;
+      T* total = at<T>(col_inner, v * p.cols + b.col_start);
       for (int64_t k = 0; k < b.cols; ++k) total[k] += part[k];
     }
   }

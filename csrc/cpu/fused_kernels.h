@@ -1,89 +1,9 @@
-// Score fusion: its embeddings, and the strips of rows of a block over samples, whose four products
-// give the logits of V x V pairs of views. Included like kernels.h.
+// Score fusion: the strips of rows of a block over samples, whose four products give the logits of
+// V x V pairs of views. Included like kernels.h.
 //
 //   toward[w][b] = <z_b^j, z_w^k>          (base b against view w)
 //   away[v][c]   = <z_v^j, z_c^k>          (view v against base c)
 //   x_vw         = s * sum_b coefficient[v][b] toward[w][b]
-
-// |m0 a + m1 b|, from the sum itself: by the law of cosines it would cancel.
-template <class T>
-INLINE T mixed_length(const T* a, const T* b, T m0, T m1, int64_t size) {
-  if (size == 1) return std::abs(a[0] * m0 + b[0] * m1);
-  auto sum = splat<T>(0);
-  int64_t k = 0;
-  for (; k + lanes<T> <= size; k += lanes<T>) {
-    const auto mixed = load<T>(a + k) * m0 + load<T>(b + k) * m1;
-    sum += mixed * mixed;
-  }
-  T tail = 0;
-  for (; k < size; ++k) {
-    const T mixed = a[k] * m0 + b[k] * m1;
-    tail += mixed * mixed;
-  }
-  return std::sqrt(horizontal_sum<T>(sum) + tail);
-}
-
-template <class T>
-void embed_fused(const FusedEmbedding<T>& s, int64_t start, int64_t stop) {
-  for (int64_t j = start; j < stop; ++j) {
-    const T* e[2] = {s.e[0] + j * s.pitch[0], s.e[1] + j * s.pitch[1]};
-    T* z[2] = {s.z + j * s.dim, s.z + (s.samples + j) * s.dim};
-    Length<T> of[2];
-    for (int b = 0; b < 2; ++b) {
-      of[b] = write_unit(z[b], e[b], s);
-      if (s.normalize) s.inverse[b * s.samples + j] = of[b].inverse;
-    }
-    for (int b = 0; b < 2; ++b)
-      for (int c = b; c < 2; ++c)
-        s.dots[(b * 2 + c) * s.samples + j] = s.dots[(c * 2 + b) * s.samples + j] =
-            dot(z[b], z[c], s.dim);
-    for (int v = 0; v < s.views; ++v) {
-      const T* m = s.mixing + 2 * v;
-      T length = 0;
-      if (s.normalize) {
-        length = s.bases[v] >= 0 ? of[s.bases[v]].norm
-                                 : mixed_length(e[0], e[1], m[0], m[1], s.dim);
-        s.lengths[v * s.samples + j] = length;
-      }
-      for (int b = 0; b < 2; ++b) {
-        T coefficient = m[b];
-        if (s.normalize && s.bases[v] < 0)
-          // A zero vector's are zero; a length of NaN is none, nor is one that overflowed.
-          coefficient = length <= s.eps ? T(0) : m[b] / (of[b].inverse * length) + length * T(0);
-        s.coefficients[(v * 2 + b) * s.samples + j] = coefficient;
-      }
-    }
-    const FusedSample<T> sample = s.sample(j);
-    for (int v = 0; v < s.views; ++v)
-      for (int w = v; w < s.views; ++w) {
-        const T logit = s.pairs[v * s.views + w] ? s.scale * sample.own(v, w) : s.absent;
-        s.own_logits[(v * s.views + w) * s.samples + j] = logit;
-        s.own_logits[(w * s.views + v) * s.samples + j] = logit;
-      }
-  }
-}
-
-// dL/de_b = 1/|e_b| (s R_b + sum_c Q_bc z_c)
-template <class T>
-void fused_gradients(const FusedGradient<T>& s, int64_t start, int64_t stop) {
-  for (int64_t j = start; j < stop; ++j) {
-    const T* z[2] = {s.z + j * s.dim, s.z + (s.samples + j) * s.dim};
-    const auto pulls =
-        s.sample(j).pulls(s.inner, s.grad_own_logits, [&](int v, T to_0, T to_1) {
-          s.shares[2 * v * s.samples + j] = to_0;
-          s.shares[(2 * v + 1) * s.samples + j] = to_1;
-        });
-    s.shares[2 * s.views * s.samples + j] = pulls.share;
-    const T q[2][2] = {{pulls.q_00, pulls.q_01}, {pulls.q_01, pulls.q_11}};
-    for (int b = 0; b < 2; ++b) {
-      if (!s.grad[b]) continue;
-      const T inverse = s.normalize ? s.inverse[b * s.samples + j] : T(1);
-      const T coefficient[2] = {q[b][0] * inverse, q[b][1] * inverse};
-      combine(s.grad[b] + j * s.dim, s.r + (b * s.samples + j) * s.dim, s.scale * inverse, z,
-              coefficient, 2, s.dim);
-    }
-  }
-}
 
 constexpr int fused_chunk = 128;
 
@@ -100,7 +20,7 @@ struct FusedRow {
 };
 
 template <class T>
-INLINE void load_row(FusedRow<T>& r, const FusedStrip<T>& s, int64_t i, int64_t at, bool need_away) {
+INLINE void load_row(FusedRow<T>& r, const Strip<T>& s, int64_t i, int64_t at, bool need_away) {
   const int count = int(std::min<int64_t>(fused_chunk, s.cols - at));
   r.padded = (count + lanes<T> - 1) / lanes<T> * lanes<T>;
   for (int b = 0; b < 2; ++b) {
@@ -142,7 +62,7 @@ struct PairLogits {
   const typename Simd<T>::Lane* keep;
   T scale0, scale1;
 
-  INLINE PairLogits(const FusedRow<T>& r, const FusedStrip<T>& s, int64_t i, int v, int w)
+  INLINE PairLogits(const FusedRow<T>& r, const Strip<T>& s, int64_t i, int v, int w)
       : toward0(r.toward[w][0]), toward1(r.toward[w][1]), keep(r.keep) {
     if (s.bases[v] >= 0) {
       toward0 = toward1 = r.toward[w][s.bases[v]];
@@ -163,7 +83,7 @@ struct PairLogits {
 };
 
 template <class T>
-void fused_stats_bounded(const FusedStrip<T>& s) {
+void fused_stats_bounded(const Strip<T>& s) {
   FusedRow<T> r;
   for (int64_t i = 0; i < s.rows; ++i) {
     for (int64_t at = 0; at < s.cols; at += fused_chunk) {
@@ -188,7 +108,7 @@ void fused_stats_bounded(const FusedStrip<T>& s) {
 }
 
 template <class T>
-void fused_stats_running(const FusedStrip<T>& s) {
+void fused_stats_running(const Strip<T>& s) {
   FusedRow<T> r;
   const int pairs = s.views * s.views;
   const auto logits_of = [&](int64_t i, int pair) {
@@ -255,7 +175,7 @@ void fused_stats_running(const FusedStrip<T>& s) {
 // made of: row_inner[v][b] = sum over w, k of H_vw toward[w][b], col_inner[w][c] = sum over v, j of
 // H_vw away[v][c].
 template <class T>
-void fused_weights(const FusedStrip<T>& s) {
+void fused_weights(const Strip<T>& s) {
   FusedRow<T> r;
   T f[2][2][fused_chunk], g[2][fused_chunk];
   for (int64_t i = 0; i < s.rows; ++i) {

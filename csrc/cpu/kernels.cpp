@@ -11,14 +11,12 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-#define KERNELS_OF_THIS_NAMESPACE                                                     \
-  template <class T>                                                                  \
-  constexpr Kernels<T> table = {product<T>,             mirror<T>,                    \
-                                stats_bounded<T>,       stats_running<T>,             \
-                                weights<T>,             embed<T>,                     \
-                                embed_backward<T>,      embed_fused<T>,               \
-                                fused_gradients<T>,     fused_stats_bounded<T>,       \
-                                fused_stats_running<T>, fused_weights<T>};
+#define KERNELS_OF_THIS_NAMESPACE                                                             \
+  template <class T>                                                                          \
+  constexpr Kernels<T> table = {                                                              \
+      product<T>,       mirror<T>,              stats_bounded<T>,       stats_running<T>,     \
+      weights<T>,       fused_stats_bounded<T>, fused_stats_running<T>, fused_weights<T>,     \
+      embed<T>,         gradients<T>};
 
 namespace gcl {
 namespace baseline {
@@ -27,6 +25,7 @@ constexpr int tile_vectors = 1;
 #include "product.h"
 #include "kernels.h"
 #include "fused_kernels.h"
+#include "embeddings.h"
 KERNELS_OF_THIS_NAMESPACE
 }  // namespace baseline
 }  // namespace gcl
@@ -46,6 +45,7 @@ constexpr int tile_vectors = 1;
 #include "product.h"
 #include "kernels.h"
 #include "fused_kernels.h"
+#include "embeddings.h"
 KERNELS_OF_THIS_NAMESPACE
 }  // namespace avx2
 }  // namespace gcl
@@ -65,6 +65,7 @@ constexpr int tile_vectors = 4;
 #include "product.h"
 #include "kernels.h"
 #include "fused_kernels.h"
+#include "embeddings.h"
 KERNELS_OF_THIS_NAMESPACE
 }  // namespace avx512
 }  // namespace gcl

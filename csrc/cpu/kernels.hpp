@@ -4,8 +4,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "fused_sample.h"
-
 namespace gcl {
 
 constexpr int max_views = 16;
@@ -30,109 +28,70 @@ void fold(T& running_max, T& running_sum, T max, T sum) {
   running_max = most;
 }
 
-// A strip of rows of one block. Row arrays start at the strip's first row; column arrays are the
-// block's, padded to whole vectors.
-template <class T>
-struct StatsStrip {
-  const T* dots;
-  int64_t stride, rows, cols;
-  T scale;
-  Mask mask;
-  bool serves_rows, serves_cols;
-  T *row_max, *row_sum;  // running
-  T *col_max, *col_sum;  // of this strip alone
-  T* buffer;             // rows x buffer_stride, for logits of any range
-  int64_t buffer_stride;
+// V views, and a table of them: in a block whose samples are candidates of whose anchors, over
+// samples whose own-sample logits were asked for.
+struct Views {
+  int count = 0;
+  int bases[max_views] = {};  // for each view the base that it is, or -1: a combination of the two
+  bool pairs[max_views * max_views] = {};
+  bool pairs_itself = false;  // some view with itself
 };
 
+// A strip of rows of one block: of embeddings, or in score fusion of samples. Row arrays start at
+// the strip's first row; column arrays are the block's, padded to whole vectors. Of score fusion
+// they have a row for each view, or for each view's two coefficients, of the pitches given.
 template <class T>
-struct WeightsStrip {
-  const T* dots;
+struct Strip {
+  const T* y[2][2];  // products: the first alone, or those of two bases
   int64_t stride, rows, cols;
   T scale;
-  bool bounded;
+  bool bounded, serves_rows, serves_cols;
   Mask mask;
-  const T *row_lse, *row_factor, *col_lse, *col_factor;
-  T* out;
+  int64_t row_pitch, col_pitch;
+  T *row_max, *row_sum;                                  // running
+  T *col_max, *col_sum;                                  // of this strip alone
+  T* buffer;                                             // for logits of any range: of col_pitch
+  const T *row_lse, *row_factor, *col_lse, *col_factor;  // weights
+  int64_t row_factor_pitch;
+  T* out[2][2];
   int64_t out_stride;
+  // Of score fusion:
+  int views;
+  const int* bases;
+  const bool* candidates;
+  const T *row_coefficient, *col_coefficient;
+  T *row_inner, *col_inner;
+};
+
+// B bases of N samples, and views of them. Tables are [rows, N].
+template <class T>
+struct Samples {
+  const Views* views;
+  int bases;
+  int64_t count, dim;
+  bool normalize;
+  T eps, scale;
+  T *z, *inverse, *lengths, *coefficients, *dots;  // as problem.py's Embedded
 };
 
 template <class T>
 struct Embedding {
-  int views;
-  int64_t samples, dim;
-  bool normalize;
-  T eps, scale, absent;
+  Samples<T> of;
   const T* e[max_views];
   int64_t pitch[max_views];
-  bool pairs[max_views * max_views];  // which own-sample dots were asked for
-  T *z, *norm, *inverse, *own, *own_logits;
-};
-
-template <class T>
-struct EmbeddingGradient {
-  int views;
-  int64_t samples, dim;
-  bool normalize;
-  T eps, scale;
-  const T *z, *norm, *inverse, *own, *hz, *grad_own_logits;
-  T* grad[max_views];  // null: not needed
-  T* grad_scale;       // each row's share
-};
-
-// The bases of score fusion, and V views of them, in either pass.
-template <class T>
-struct FusedSamples {
-  int views;
-  int64_t samples, dim;
-  bool normalize;
-  bool self;  // some view's own-sample logit with itself was asked for
-  T eps, scale;
-  int bases[max_views];  // -1: a combination
-  T *z, *inverse, *lengths, *coefficients, *dots;
-
-  FusedSample<T> sample(int64_t j) const {
-    return {views,   bases,   normalize,    self, scale,   eps,
-            inverse, lengths, coefficients, dots, samples, j};
-  }
-};
-
-template <class T>
-struct FusedEmbedding : FusedSamples<T> {
+  const T* mixing;  // [V, 2], or null: each view is its own base
   T absent;
-  const T* e[2];
-  int64_t pitch[2];
-  bool pairs[max_views * max_views];  // whose own-sample logits were asked for
-  const T* mixing;                    // [V, 2]
   T* own_logits;
 };
 
 template <class T>
-struct FusedGradient : FusedSamples<T> {
-  const T *r, *inner, *grad_own_logits;
-  T* grad[2];  // null: not needed
-  T* shares;   // [2 V + 1, N]: each sample's of the gradients of mixing and of the scale
-};
-
-// A strip of rows of one block over samples; arrays of V rows have the pitches given.
-template <class T>
-struct FusedStrip {
-  const T* y[2][2];
-  int64_t stride, rows, cols;
-  int views;
-  T scale;
-  bool bounded, serves_cols;
-  int bases[max_views];  // -1: a combination
-  bool candidates[max_views * max_views];
-  Mask mask;
-  const T *row_coefficient, *col_coefficient;
-  int64_t row_pitch, col_pitch;
-  T *row_max, *row_sum, *col_max, *col_sum, *buffer;         // statistics
-  const T *row_lse, *row_factor, *col_lse, *col_factor;      // weights
-  int64_t row_factor_pitch;
-  T *row_inner, *col_inner;
-  T* out[2][2];
-  int64_t out_stride;
+struct EmbeddingGradient {
+  Samples<T> of;
+  const T* sums;
+  const T* inner;  // of `mixing`, or null
+  const T* grad_own_logits;
+  T* grad[max_views];  // null: not needed
+  T* shares;           // [2 V + 1, N]: each sample's of the gradients of mixing and of the scale
 };
 
 // C = A B or C += A B. A transposed matrix lies in memory by columns, its pitch apart.
@@ -151,16 +110,14 @@ template <class T>
 struct Kernels {
   void (*product)(const Product<T>&, int64_t first, int64_t last, int64_t start, int64_t stop);
   void (*mirror)(const Product<T>&, int64_t start, int64_t stop);
-  void (*stats_bounded)(const StatsStrip<T>&);
-  void (*stats_running)(const StatsStrip<T>&);
-  void (*weights)(const WeightsStrip<T>&);
+  void (*stats_bounded)(const Strip<T>&);
+  void (*stats_running)(const Strip<T>&);
+  void (*weights)(const Strip<T>&);
+  void (*fused_stats_bounded)(const Strip<T>&);
+  void (*fused_stats_running)(const Strip<T>&);
+  void (*fused_weights)(const Strip<T>&);
   void (*embed)(const Embedding<T>&, int64_t start, int64_t stop);
-  void (*embed_backward)(const EmbeddingGradient<T>&, int64_t start, int64_t stop);
-  void (*embed_fused)(const FusedEmbedding<T>&, int64_t start, int64_t stop);
-  void (*fused_gradients)(const FusedGradient<T>&, int64_t start, int64_t stop);
-  void (*fused_stats_bounded)(const FusedStrip<T>&);
-  void (*fused_stats_running)(const FusedStrip<T>&);
-  void (*fused_weights)(const FusedStrip<T>&);
+  void (*gradients)(const EmbeddingGradient<T>&, int64_t start, int64_t stop);
 };
 
 // For the instruction set in use: of those of this processor, the widest, or the one chosen.

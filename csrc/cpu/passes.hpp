@@ -1,5 +1,5 @@
 // Whole passes over a plan's blocks in one call: in Python a block costs some hundred microseconds,
-// a small batch's time. The passes are those of gcl_kernels/negatives.py and score_fusion.py.
+// a small batch's time. The passes are those of gcl_kernels/passes.py, on either road.
 
 #pragma once
 
@@ -102,149 +102,77 @@ static std::vector<T> subtractable(Address neg_lse, int64_t count) {
   return lse;
 }
 
-// What `statistics` of both kinds gathers in.
+// The block's tiles: products of its rows and columns, in score fusion those of two bases.
 template <class T>
-struct Statistics {
-  std::vector<T> max, sum;
-
-  Statistics(int64_t rows, bool bounded, double scale)
-      : max(rows, bounded ? T(scale) : std::numeric_limits<T>::lowest()), sum(rows, T(0)) {}
-
-  void write(Address neg_lse) const {
-    for (size_t p = 0; p < sum.size(); ++p) at<T>(neg_lse)[p] = std::log(sum[p]) + max[p];
-  }
-};
-
-template <class T>
-static void multiply(int threads, const BlockPlace& b, const T* z, int64_t dim,
-                     const Tile<T>& tile) {
-  product<T>(threads, b.rows, dim, b.cols, address(z + b.row_start * dim), dim, false,
-             address(z + b.col_start * dim), dim, true, address(tile.data), tile.pitch, false);
-}
-
-// neg_lse of all rows of z.
-template <class T>
-static void statistics(int threads, const std::vector<BlockPlace>& plan, Address z, int64_t rows,
-                       int64_t dim, double scale, bool bounded, Address kept,
-                       int64_t kept_elements, Address ids, Address neg_lse) {
-  Tiles<T> tiles(plan, 1, kept, kept_elements);
-  Statistics<T> stats(rows, bounded, scale);
-  const Address m = address(stats.max.data()), l = address(stats.sum.data());
-  for (const BlockPlace& b : plan) {
-    check_signals();
-    const Tile<T> dots = tiles.next(b);
-    multiply(threads, b, at<T>(z), dim, dots);
-    block_stats<T>(threads, address(dots.data), dots.pitch, b, ids, ids, scale, bounded, m, l,
-                   m, l);
-  }
-  tiles.clear_rest();
-  stats.write(neg_lse);
-}
-
-// H z, for the views that need it: the others' rows are zero.
-template <class T>
-static void matrix_gradient(int threads, const std::vector<BlockPlace>& plan, Address z,
-                            int64_t rows, int64_t dim, double scale, bool bounded, Address kept,
-                            int64_t kept_elements, Address ids, Address neg_lse, Address grad,
-                            const std::vector<bool>& needs_view, Address hz) {
-  Tiles<T> tiles(plan, 1, kept, kept_elements);
-  Sums<T> sums(at<T>(hz), rows, dim);
-  const int64_t samples = rows / int64_t(needs_view.size());
-  const std::vector<T> lse = subtractable<T>(neg_lse, rows);
-  const Address l = address(lse.data());
-  for (const BlockPlace& b : plan) {
-    check_signals();
-    const Tile<T> dots = tiles.next(b);
-    const bool needs_rows = needs_view[b.row_start / samples];
-    const bool needs_cols = needs_view[b.col_start / samples] && !b.diagonal;
-    if (!needs_rows && !needs_cols) continue;
-    if (!dots.kept) multiply(threads, b, at<T>(z), dim, dots);
-    const Tile<T> h = tiles.scratch(b);
-    block_weights<T>(threads, address(dots.data), dots.pitch, b, ids, ids, scale, bounded, l,
-                     grad, l, grad, address(h.data), h.pitch);
-    if (needs_rows)
-      sums.add(threads, b.row_start, b.rows, h.data, h.pitch, false, at<T>(z, b.col_start * dim),
-               b.cols);
-    if (needs_cols)
-      sums.add(threads, b.col_start, b.cols, h.data, h.pitch, true, at<T>(z, b.row_start * dim),
-               b.rows);
-  }
-  sums.finish();
-}
-
-// The four products of two bases' samples.
-template <class T>
-static void fused_multiply(int threads, const BlockPlace& b, const T* z, int64_t samples,
-                           int64_t dim, const Tile<T>& y) {
-  const int64_t tile = b.rows * y.pitch;
-  for (int base = 0; base < 2; ++base) {
-    for (int other = 0; other < 2; ++other) {
-      T* out = y.data + (2 * base + other) * tile;
+static void multiply(const Problem& p, const BlockPlace& b, const Tile<T>& y) {
+  const auto rows_of = [&](int base, int64_t start) {
+    return address(at<T>(p.z, (base * p.rows + start) * p.dim));
+  };
+  for (int base = 0; base < p.bases(); ++base) {
+    for (int other = 0; other < p.bases(); ++other) {
+      T* out = y.data + (2 * base + other) * b.rows * y.pitch;
       if (b.diagonal && base > other) {
-        const T* from = y.data + (2 * other + base) * tile;
+        const T* from = y.data + (2 * other + base) * b.rows * y.pitch;
         for (int64_t i = 0; i < b.rows; ++i)
           for (int64_t k = 0; k < b.cols; ++k) out[i * y.pitch + k] = from[k * y.pitch + i];
         continue;
       }
-      product<T>(threads, b.rows, dim, b.cols, address(z + (base * samples + b.row_start) * dim),
-                 dim, false, address(z + (other * samples + b.col_start) * dim), dim, true,
-                 address(out), y.pitch, false);
+      product<T>(p.threads, b.rows, p.dim, b.cols, rows_of(base, b.row_start), p.dim, false,
+                 rows_of(other, b.col_start), p.dim, true, address(out), y.pitch, false);
     }
   }
 }
 
-// neg_lse [V, samples] of the views that are combinations of the bases z.
+// neg_lse of all rows of z, or of all views of all samples.
 template <class T>
-static void fused_statistics(int threads, const std::vector<BlockPlace>& plan, Address z,
-                             int64_t samples, int64_t dim, const std::vector<int>& bases,
-                             const std::vector<bool>& candidates, double scale, bool bounded,
-                             Address coefficients, Address kept, int64_t kept_elements,
-                             Address ids, Address neg_lse) {
-  Tiles<T> tiles(plan, 4, kept, kept_elements);
-  Statistics<T> stats(int64_t(bases.size()) * samples, bounded, scale);
-  const Address m = address(stats.max.data()), l = address(stats.sum.data());
+static void statistics(const Problem& p, const std::vector<BlockPlace>& plan, Address kept,
+                       int64_t kept_elements, Address neg_lse) {
+  Tiles<T> tiles(plan, p.bases() * p.bases(), kept, kept_elements);
+  const int64_t rows = p.views() * p.rows;
+  std::vector<T> max(rows, p.bounded ? T(p.scale) : std::numeric_limits<T>::lowest());
+  std::vector<T> sum(rows, T(0));
+  const Address m = address(max.data()), l = address(sum.data());
   for (const BlockPlace& b : plan) {
     check_signals();
     const Tile<T> y = tiles.next(b);
-    fused_multiply(threads, b, at<T>(z), samples, dim, y);
-    fused_block_stats<T>(threads, address(y.data), y.pitch, b, ids, ids, bases, candidates,
-                         scale, bounded, coefficients, samples, coefficients, samples, m, l, m, l);
+    multiply(p, b, y);
+    block_stats<T>(p, b, address(y.data), y.pitch, m, l, m, l);
   }
   tiles.clear_rest();
-  stats.write(neg_lse);
+  for (int64_t row = 0; row < rows; ++row) at<T>(neg_lse)[row] = std::log(sum[row]) + max[row];
 }
 
-// R [2, samples, dim], for the bases that need it (the others' rows are zero), and U, which is
-// added to `inner`.
+// H z, or R and, added to `inner`, U: of the bases that need it, the others' rows are zero.
 template <class T>
-static void fused_matrix_gradient(int threads, const std::vector<BlockPlace>& plan, Address z,
-                                  int64_t samples, int64_t dim, const std::vector<int>& bases,
-                                  const std::vector<bool>& candidates, double scale, bool bounded,
-                                  Address coefficients, Address kept, int64_t kept_elements,
-                                  Address ids, Address neg_lse, Address grad,
-                                  const std::vector<bool>& needs_base, Address r, Address inner) {
-  Tiles<T> tiles(plan, 4, kept, kept_elements);
-  Sums<T> sums(at<T>(r), 2 * samples, dim);
-  const std::vector<T> lse = subtractable<T>(neg_lse, int64_t(bases.size()) * samples);
+static void matrix_gradient(const Problem& p, const std::vector<BlockPlace>& plan, Address kept,
+                            int64_t kept_elements, Address neg_lse, Address grad,
+                            const std::vector<bool>& needs_base, Address out, Address inner) {
+  Tiles<T> tiles(plan, p.bases() * p.bases(), kept, kept_elements);
+  Sums<T> sums(at<T>(out), p.bases() * p.rows, p.dim);
+  const std::vector<T> lse = subtractable<T>(neg_lse, p.views() * p.rows);
   const Address l = address(lse.data());
+  // Of views that are given each is a base, and a side of a block lies in one where some are frozen.
+  const auto needs = [&](int base, int64_t start) {
+    return needs_base[p.fused ? base : start * int64_t(needs_base.size()) / p.rows];
+  };
   for (const BlockPlace& b : plan) {
     check_signals();
     const Tile<T> y = tiles.next(b);
-    if (!y.kept) fused_multiply(threads, b, at<T>(z), samples, dim, y);
-    const Tile<T> f = tiles.scratch(b);
-    fused_block_weights<T>(threads, address(y.data), y.pitch, b, ids, ids, bases, candidates,
-                           scale, bounded, coefficients, samples, coefficients, samples, l, grad,
-                           l, grad, inner, inner, address(f.data), f.pitch);
-    for (int base = 0; base < 2; ++base) {
-      if (!needs_base[base]) continue;
-      for (int other = 0; other < 2; ++other) {
-        const T* z_other = at<T>(z, other * samples * dim);
-        const int64_t tile = b.rows * f.pitch, out = base * samples;
-        sums.add(threads, out + b.row_start, b.rows, f.data + (2 * base + other) * tile, f.pitch,
-                 false, z_other + b.col_start * dim, b.cols);
-        if (!b.diagonal)
-          sums.add(threads, out + b.col_start, b.cols, f.data + (2 * other + base) * tile, f.pitch,
-                   true, z_other + b.row_start * dim, b.rows);
+    if (!p.fused && !needs(0, b.row_start) && !needs(0, b.col_start)) continue;
+    if (!y.kept) multiply(p, b, y);
+    const Tile<T> h = tiles.scratch(b);
+    block_weights<T>(p, b, address(y.data), y.pitch, l, grad, inner, l, grad, inner,
+                     address(h.data), h.pitch);
+    for (int base = 0; base < p.bases(); ++base) {
+      for (int other = 0; other < p.bases(); ++other) {
+        const int64_t size = b.rows * h.pitch, first = base * p.rows;
+        const T* z = at<T>(p.z, other * p.rows * p.dim);
+        if (needs(base, b.row_start))
+          sums.add(p.threads, first + b.row_start, b.rows, h.data + (2 * base + other) * size,
+                   h.pitch, false, z + b.col_start * p.dim, b.cols);
+        if (!b.diagonal && needs(base, b.col_start))
+          sums.add(p.threads, first + b.col_start, b.cols, h.data + (2 * other + base) * size,
+                   h.pitch, true, z + b.row_start * p.dim, b.rows);
       }
     }
   }

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcl_kernels.backends.base import Backend
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import Problem, RowStats, Workspace, allows_tf32
+from gcl_kernels.problem import Lines, Problem, RowStats, Workspace, allows_tf32
 
 _cuda: Any = None
 try:
@@ -34,18 +35,6 @@ BLOCK_ROWS = 8192
 launches are few. Smaller blocks gain nothing, since logits stay on the chip at any size."""
 
 _NOT_FOUND = "this PyTorch finds no NVIDIA GPU"
-
-
-def why_unavailable() -> str | None:
-    """None where it can run on a device of this machine, else the reason."""
-    reason = _why_no_gpu()
-    if reason is not None or _cuda.device_type == "cpu":  # kernels built for an emulated GPU
-        return reason
-    if not torch.cuda.is_available():
-        return _NOT_FOUND
-    devices = range(torch.cuda.device_count())
-    reasons = [_why_not_device(torch.device("cuda", index)) for index in devices]
-    return None if None in reasons else reasons[0]
 
 
 def _why_no_gpu() -> str | None:
@@ -84,30 +73,6 @@ def _why_not_capability(capability: tuple[int, int], compiled_archs: str) -> str
     )
 
 
-def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
-    """None where it serves tensors on this device with this compute dtype, else the reason."""
-    if compute_dtype == torch.float64:
-        return "no float64: use backend='tiled'"
-    reason = _why_no_gpu()
-    if reason is not None:
-        return reason
-    if device.type != _cuda.device_type:
-        return f"needs tensors on a {_cuda.device_type.upper()} device, got {device}"
-    return _why_not_device(device) if device.type == "cuda" else None
-
-
-def _check(z: Tensor) -> None:
-    reason = why_not(z.device, z.dtype)
-    if reason is not None:
-        raise RuntimeError(f"backend: 'cuda' cannot serve this call: {reason}")
-
-
-def block_rows(z: Tensor) -> int:
-    """The largest number of rows of a block of these embeddings."""
-    _check(z)
-    return BLOCK_ROWS
-
-
 def _product(dtype: torch.dtype) -> Any:
     if dtype == torch.float32:
         return _cuda.Product.tf32 if allows_tf32() else _cuda.Product.float32
@@ -132,15 +97,11 @@ class _Call:
                 raise RuntimeError(
                     f"backend: 'cuda' was given tensors on {z.device} and on {tensor.device}"
                 )
-        ids_rows, ids_cols = problem.ids_rows, problem.ids_cols
-        if ids_rows is not None and ids_cols is not None:
-            ids_rows, ids_cols = ids_rows.to(torch.int64), ids_cols.to(torch.int64)
-        # Tensors whose addresses the extension has; a launch must find them alive.
-        self._z, self._ids = z, (ids_rows, ids_cols)
+        self._z = z
         id_offset, id_period = block.id_diagonals
         self.block = _cuda.Block(
-            rows=_side(z, ids_rows, block.rows),
-            cols=_side(problem.z_cols, ids_cols, block.cols),
+            rows=_side(z, problem.ids_rows, block.rows),
+            cols=_side(problem.z_cols, problem.ids_cols, block.cols),
             scale=problem.scale.data_ptr(),
             dim=z.shape[-1],
             id_offset=id_offset,
@@ -185,46 +146,64 @@ def _tables(problem: Problem, block: Block) -> tuple[Tensor, Tensor]:
     return rows, problem.scale.new_empty(2, -(-num_rows // _cuda.TILE), num_cols)
 
 
-def block_stats(
-    problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
-) -> None:
-    """Fold one block into the running statistics of its rows and columns (``cols`` is ``rows``'
-    own object where the problem is square)."""
-    call = _Call(problem, block, rows.sum, cols.sum)
-    row_table, col_table = _tables(problem, block)
-    call.over_tiles(
-        _cuda.block_stats, row_table=row_table.data_ptr(), col_table=col_table.data_ptr()
-    )
-    call.start(
-        _cuda.fold,
-        rows=_fold(row_table, rows, block.rows, block.serves_rows),
-        cols=_fold(col_table, cols, block.cols, block.serves_cols and not block.diagonal),
-    )
+def _lines(lines: Lines, where: slice) -> Any:
+    return _cuda.Lines(lse=lines.lse[where].data_ptr(), grad=lines.grad[where].data_ptr())
 
 
-def _lines(lse: Tensor, grad: Tensor, where: slice) -> Any:
-    return _cuda.Lines(lse=lse[where].data_ptr(), grad=grad[where].data_ptr())
+class Cuda(Backend):
+    """The backend ``cuda``."""
 
+    fuses_scores = False
 
-def block_weights(
-    problem: Problem,
-    block: Block,
-    lse_rows: Tensor,
-    lse_cols: Tensor,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-    workspace: Workspace,
-) -> Tensor:
-    """``H`` of one block, in the compute dtype, valid until the next call with this workspace.
+    def why_unavailable(self) -> str | None:
+        reason = _why_no_gpu()
+        if reason is not None or _cuda.device_type == "cpu":  # kernels built for an emulated GPU
+            return reason
+        if not torch.cuda.is_available():
+            return _NOT_FOUND
+        devices = range(torch.cuda.device_count())
+        reasons = [_why_not_device(torch.device("cuda", index)) for index in devices]
+        return None if None in reasons else reasons[0]
 
-    ``lse_*`` hold +inf for rows without a negative: every weight in them is then zero.
-    """
-    out = workspace.tile(0, block.shape, problem.compute_dtype)
-    _Call(problem, block, lse_rows, lse_cols, grad_rows, grad_cols, out).over_tiles(
-        _cuda.block_weights,
-        rows=_lines(lse_rows, grad_rows, block.rows),
-        cols=_lines(lse_cols, grad_cols, block.cols),
-        out=out.data_ptr(),
-        pitch=out.stride(0),
-    )
-    return out
+    def why_not(self, device: torch.device, compute_dtype: torch.dtype) -> str | None:
+        if compute_dtype == torch.float64:
+            return "no float64: use backend='tiled'"
+        reason = _why_no_gpu()
+        if reason is not None:
+            return reason
+        if device.type != _cuda.device_type:
+            return f"needs tensors on a {_cuda.device_type.upper()} device, got {device}"
+        return _why_not_device(device) if device.type == "cuda" else None
+
+    def block_rows(self, z: Tensor) -> int:
+        reason = self.why_not(z.device, z.dtype)
+        if reason is not None:
+            raise RuntimeError(f"backend: 'cuda' cannot serve this call: {reason}")
+        return BLOCK_ROWS
+
+    def block_stats(
+        self, problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
+    ) -> None:
+        call = _Call(problem, block, rows.sum, cols.sum)
+        row_table, col_table = _tables(problem, block)
+        call.over_tiles(
+            _cuda.block_stats, row_table=row_table.data_ptr(), col_table=col_table.data_ptr()
+        )
+        call.start(
+            _cuda.fold,
+            rows=_fold(row_table, rows, block.rows, block.serves_rows),
+            cols=_fold(col_table, cols, block.cols, block.serves_cols and not block.diagonal),
+        )
+
+    def block_weights(
+        self, problem: Problem, block: Block, rows: Lines, cols: Lines, workspace: Workspace
+    ) -> Tensor:
+        out = workspace.tile(0, block.shape, problem.compute_dtype)
+        _Call(problem, block, rows.lse, cols.lse, rows.grad, cols.grad, out).over_tiles(
+            _cuda.block_weights,
+            rows=_lines(rows, block.rows),
+            cols=_lines(cols, block.cols),
+            out=out.data_ptr(),
+            pitch=out.stride(0),
+        )
+        return out

@@ -12,17 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gcl_kernels.spec import NORM_EPS, BoolTable, NegativesSpec
-
-
-def why_unavailable() -> str | None:
-    """None: PyTorch is all it needs."""
-    return None
-
-
-def why_not(device: torch.device, compute_dtype: torch.dtype) -> str | None:
-    """None: it serves every device and dtype."""
-    return None
+from gcl_kernels.backends.base import Backend
+from gcl_kernels.problem import SampleData
+from gcl_kernels.spec import ABSENT, NORM_EPS, BoolTable, NegativesSpec
 
 
 class _Product(torch.autograd.Function):
@@ -69,10 +61,16 @@ def dense_mask(candidates: BoolTable, sample_ids: Tensor) -> Tensor:
     return table & (ids[:, None] != ids[None, :])
 
 
+class Reference(Backend):
+    """The backend ``reference``: all at once, and so without any of the others' parts."""
+
+    fuses_scores = False
+
+
 def negatives(
-    views: Sequence[Tensor], scale: Tensor, sample_ids: Tensor | None, spec: NegativesSpec
+    views: Sequence[Tensor], scale: Tensor, data: SampleData, spec: NegativesSpec
 ) -> tuple[Tensor, Tensor]:
-    """``neg_lse`` [V, N] and all own-sample logits [V, V, N]."""
+    """``neg_lse`` [V, N] and own-sample logits [V, V, N], ``ABSENT`` where not asked for."""
     num_views, num_samples = len(views), views[0].shape[0]
     scale = scale + 0 * scale  # NaN for an infinite one
     e = torch.stack([view.to(spec.accum_dtype) for view in views])
@@ -83,15 +81,21 @@ def negatives(
     else:
         z = e
     own = (z.unsqueeze(0) * z.unsqueeze(1)).sum(-1)
-    if sample_ids is None:
-        sample_ids = torch.arange(num_samples, device=e.device)
+    ids = data.sample_ids
+    if ids is None:
+        ids = torch.arange(num_samples, device=e.device)
     flat = z.to(spec.compute_dtype).to(spec.accum_dtype).flatten(0, 1)
     x = scale * _product(flat, flat.T)
-    mask = dense_mask(spec.candidates, sample_ids)
+    mask = dense_mask(spec.candidates, ids)
     # A row without negatives must not reach logsumexp, whose gradient would be NaN there.
     empty = ~mask.any(1)
     x = x.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0)
     neg_lse = x.logsumexp(1).masked_fill(empty, -torch.inf)
-    # An infinite embedding gives -inf logits; x - x = NaN keeps them from passing for weight zero.
+    # An infinite embedding gives -inf logits; x - x = NaN keeps them from weight
+    # zero.
     neg_lse = neg_lse + (flat - flat).detach().sum()
-    return neg_lse.view(num_views, num_samples), scale * own
+    views_of = range(num_views)
+    absent = [[(min(a, b), max(a, b)) not in spec.own_pairs for b in views_of] for a in views_of]
+    mask = torch.tensor(absent, device=own.device).unsqueeze(-1)
+    own_logits = (scale * own).masked_fill(mask, ABSENT)
+    return neg_lse.view(num_views, num_samples), own_logits

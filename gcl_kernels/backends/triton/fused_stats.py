@@ -20,7 +20,6 @@ Tables: float32 [V, 2 (m, l), slots, rows or columns of the block]. Statistics: 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
@@ -30,13 +29,12 @@ from gcl_kernels.backends.triton.primitives import (
     fused_tile,
     half_columns,
     is_bounded,
-    launch,
     masked,
     tile_of,
 )
-from gcl_kernels.backends.triton.stats import fold, new_tables, write_slot
+from gcl_kernels.backends.triton.stats import run_stats, write_slot
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import FusedProblem, RowStats
+from gcl_kernels.problem import FusedProblem, RowStats, Workspace
 
 
 @triton.jit
@@ -120,26 +118,25 @@ def fused_stats_kernel(
     BASES: tl.constexpr, CANDIDATES: tl.constexpr, UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    block, samples = (row_start, col_start, num_rows, num_cols), (row_samples, col_samples)
+    ids = ids_rows, ids_cols, id_offset, id_period
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
     s = tl.load(scale)
-    rows, of_rows, products, needs = fused_tile(
-        z_rows, z_cols, coefficients_rows, ids_rows, tile_row, tile_col,
-        row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim,
-        id_offset, id_period, BASES, TILE, TILE_K, EVEN_K, PRECISION,
+    row_side, of_rows, products, needs = fused_tile(
+        z_rows, z_cols, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
+        BASES, TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
-    bounded = is_bounded(s, UNIT_ROWS)
+    rows, bounded = row_side[1], is_bounded(s, UNIT_ROWS)
     row_stats = ()
     for _ in tl.static_range(len(BASES)):
         row_stats = row_stats + (tl.full((TILE,), FINITE_MIN, tl.float32),)
         row_stats = row_stats + (tl.zeros((TILE,), tl.float32),)
     for half in tl.static_range(2):
-        cols, of_cols, mask = half_columns(
-            half, rows, needs, coefficients_cols, ids_rows, ids_cols, tile_col,
-            row_start, col_start, num_rows, num_cols, col_samples, id_offset, id_period,
-            BASES, TILE,
-        )  # fmt: skip
+        col_side, of_cols, mask = half_columns(
+            half, rows, needs, coefficients_cols, tile_col, block, samples, ids, BASES, TILE
+        )
         row_stats, col_stats = half_stats(
             products[half], of_rows, of_cols, row_stats, s, bounded, mask, BASES, CANDIDATES
         )
@@ -147,7 +144,7 @@ def fused_stats_kernel(
             for w in tl.static_range(len(BASES)):
                 write_slot(
                     col_table + 2 * w * num_row_tiles.to(tl.int64) * num_cols, tile_row,
-                    num_row_tiles, cols, num_cols, col_stats[2 * w], col_stats[2 * w + 1],
+                    num_row_tiles, col_side[1], num_cols, col_stats[2 * w], col_stats[2 * w + 1],
                 )  # fmt: skip
     for v in tl.static_range(len(BASES)):
         write_slot(
@@ -156,10 +153,8 @@ def fused_stats_kernel(
         )  # fmt: skip
 
 
-def fused_block_stats(problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats) -> None:
-    """Two launches, as ``block_stats``."""
-    programs, tile, arguments = launch(problem, block)
-    row_table, col_table = new_tables(problem.scale, block, tile, len(problem.bases), 2)
-    with torch.cuda.device_of(problem.z_rows):
-        fused_stats_kernel[(programs,)](row_table=row_table, col_table=col_table, **arguments)
-        fold(row_table, col_table, rows, cols, block)
+def fused_block_stats(
+    problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
+) -> None:
+    """As :meth:`Backend.fused_block_stats`."""
+    run_stats(fused_stats_kernel, problem, block, rows, cols, len(problem.bases))

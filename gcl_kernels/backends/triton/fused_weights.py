@@ -10,23 +10,17 @@ in registers, and writes what the gradient products need:
     F_bc = sum_vw coef[v,b,j] coef[w,c,k] H_vw                           in the compute dtype
     inner_v,b,j = sum_wk H_vw <z_b^j, z_w^k>        inner_w,c,k = sum_vj H_vw <z_v^j, z_c^k>
 
-``inner`` of one tile goes to a slot of a table, and a second kernel adds the slots in their order:
-no atomics. A view that is a base needs its inner product with that base only, where
-``<z_b^j, z_w^k> = t_vw``.
+``inner`` of one tile goes to a slot of a table, and a second kernel adds the slots in their order.
+A view that is a base needs its inner product with that base only, where ``<z_b^j, z_w^k> = t_vw``.
 
 Views of the columns come one after the other, the combinations first: their two sums over the rows'
 views, ``G_b = sum_v coef[v,b,j] H_vw``, then cost no registers beside those of ``F``. A view that
 is base ``c`` adds its ``G_b`` to ``F_bc`` in place; ``F_0c`` and ``F_1c`` are written before the
 views of the other base begin, which can then have their registers.
 
-``lse = +inf`` gives weight zero. Where ``|x| <= s <= 40`` is proved, ``exp(x - s)`` is the one
-exponential of a pair, and ``exp(s - lse)`` joins the factor ``g``.
-
-A diagonal block computes the tiles on and above its diagonal and writes the others as transposes:
-``F_bc[k, j] = F_cb[j, k]``.
-
-Inputs: lse, g float32 [V, N]. Output: [2, 2, rows, columns], rows padded to an aligned pitch;
-``inner`` float32 [V, 2, N], added to.
+Bounds, ``lse = +inf`` and diagonal blocks as in ``weights``: ``F_bc[k, j] = F_cb[j, k]``. Inputs:
+lse, g float32 [V, N]. Output: [2, 2, rows, columns], rows padded to an aligned pitch; ``inner``
+float32 [V, 2, N], added to.
 """
 
 # Device code builds its tuples one entry at a time.
@@ -48,20 +42,16 @@ from gcl_kernels.backends.triton.primitives import (
     masked,
     tile_of,
 )
-from gcl_kernels.backends.triton.stats import (
-    FOLD_LINES,
-    FOLD_SLOTS,
-    fold_programs,
-    new_tables,
-)
+from gcl_kernels.backends.triton.stats import FOLD_NUMBERS, fold, new_tables
 from gcl_kernels.backends.triton.weights import load_lines, sides, store_tile
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import FusedProblem, Workspace
+from gcl_kernels.problem import FusedProblem, Lines, Workspace
 
 
 @triton.jit
-def shift_and_factor(lse, grad, s, bounded, start, lines, length, samples, VIEW: tl.constexpr):
+def shift_and_factor(lse, grad, s, bounded, side, VIEW: tl.constexpr):
     """What a view's logits are reduced by before the exponential, and multiplied by after it."""
+    start, lines, length, samples = side
     at = start + VIEW * samples.to(tl.int64)
     shift = load_lines(lse, at, lines, length)
     factor = load_lines(grad, at, lines, length)
@@ -72,15 +62,16 @@ def shift_and_factor(lse, grad, s, bounded, start, lines, length, samples, VIEW:
 
 
 @triton.jit
-def write_inner(table, line, slot, num_slots, lines, length, values):
+def write_inner(table, line, slot, num_slots, side, values):
     """Store one tile's sums of one (view, base), which is ``line``."""
+    _, lines, length, _ = side
     place = table + (line * num_slots + slot.to(tl.int64)) * length + lines
     tl.store(place, values, mask=lines < length)
 
 
 @triton.jit
 def column_view(
-    t_0, t_1, g_0, g_1, of_rows, row_terms, shift_q, factor_q, row_inner, s, bounded, mask,
+    t_0, t_1, g_0, g_1, of_rows, row_terms, col_terms, row_inner, s, bounded, mask,
     VIEW: tl.constexpr, BASES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """All pairs of the rows' views with one view of the columns, ``t_b = <z_b^j, z_w^k>``.
@@ -88,6 +79,7 @@ def column_view(
     Returns ``g_0`` and ``g_1`` with ``G_0`` and ``G_1`` added, the sum over v of ``H_vw t_vw``, and
     ``row_inner`` with its share.
     """
+    shift_q, factor_q = col_terms
     ht = tl.zeros(t_0.shape, tl.float32)
     new_row_inner = ()
     for v in tl.static_range(len(BASES)):
@@ -129,48 +121,43 @@ def fused_weights_kernel(
     BASES: tl.constexpr, CANDIDATES: tl.constexpr, UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    block, samples = (row_start, col_start, num_rows, num_cols), (row_samples, col_samples)
+    ids = ids_rows, ids_cols, id_offset, id_period
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
     s = tl.load(scale)
     bounded = is_bounded(s, UNIT_ROWS)
-    rows, of_rows, products, needs = fused_tile(
-        z_rows, z_cols, coefficients_rows, ids_rows, tile_row, tile_col,
-        row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim,
-        id_offset, id_period, BASES, TILE, TILE_K, EVEN_K, PRECISION,
+    row_side, of_rows, products, needs = fused_tile(
+        z_rows, z_cols, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
+        BASES, TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
-    mirrored = False
+    rows, mirrored = row_side[1], False
     if DIAGONAL:
         mirrored = tile_row != tile_col
     row_terms = ()
     row_inner = ()
     for v in tl.static_range(len(BASES)):
-        terms = shift_and_factor(
-            lse_rows, grad_rows, s, bounded, row_start, rows, num_rows, row_samples, v
-        )  # fmt: skip
-        row_terms = row_terms + (terms,)
+        row_terms = row_terms + (shift_and_factor(lse_rows, grad_rows, s, bounded, row_side, v),)
         row_inner = row_inner + (tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32))
     part = pitch.to(tl.int64) * num_rows
     # Half of the columns at a time: F of all would not fit the registers beside the products.
     for half in tl.static_range(2):
-        cols, of_cols, mask = half_columns(
-            half, rows, needs, coefficients_cols, ids_rows, ids_cols, tile_col,
-            row_start, col_start, num_rows, num_cols, col_samples, id_offset, id_period,
-            BASES, TILE,
-        )  # fmt: skip
+        col_side, of_cols, mask = half_columns(
+            half, rows, needs, coefficients_cols, tile_col, block, samples, ids, BASES, TILE
+        )
+        cols = col_side[1]
         y_00, y_01, y_10, y_11 = products[half]
         zeros = tl.zeros(y_00.shape, tl.float32)
         f_00, f_01, f_10, f_11 = zeros, zeros, zeros, zeros
         for w in tl.static_range(len(BASES)):
             if BASES[w] is None:
-                shift_q, factor_q = shift_and_factor(
-                    lse_cols, grad_cols, s, bounded, col_start, cols, num_cols, col_samples, w
-                )  # fmt: skip
+                col_terms = shift_and_factor(lse_cols, grad_cols, s, bounded, col_side, w)
                 g_0, g_1, _, row_inner = column_view(
                     combine(y_00, y_01, of_cols[w], None, 1),
                     combine(y_10, y_11, of_cols[w], None, 1),
-                    zeros, zeros, of_rows, row_terms, shift_q, factor_q, row_inner, s, bounded,
-                    mask, w, BASES, CANDIDATES,
+                    zeros, zeros, of_rows, row_terms, col_terms, row_inner, s, bounded, mask,
+                    w, BASES, CANDIDATES,
                 )  # fmt: skip
                 f_00 += of_cols[w][0][None, :] * g_0
                 f_01 += of_cols[w][1][None, :] * g_0
@@ -179,28 +166,22 @@ def fused_weights_kernel(
                 col_0 = tl.sum(g_0 * y_00 + g_1 * y_10, 0)
                 col_1 = tl.sum(g_0 * y_01 + g_1 * y_11, 0)
                 if not DIAGONAL or mirrored:
-                    write_inner(col_table, 2 * w, tile_row, num_row_tiles, cols, num_cols, col_0)
-                    write_inner(
-                        col_table, 2 * w + 1, tile_row, num_row_tiles, cols, num_cols, col_1
-                    )  # fmt: skip
+                    write_inner(col_table, 2 * w, tile_row, num_row_tiles, col_side, col_0)
+                    write_inner(col_table, 2 * w + 1, tile_row, num_row_tiles, col_side, col_1)
         folded = ((f_00, f_10), (f_01, f_11))
-        of_base = ((y_00, y_10), (y_01, y_11))
+        towards = ((y_00, y_10), (y_01, y_11))
         for c in tl.static_range(2):
             f_0, f_1 = folded[c]
             for w in tl.static_range(len(BASES)):
                 if BASES[w] == c:
-                    shift_q, factor_q = shift_and_factor(
-                        lse_cols, grad_cols, s, bounded, col_start, cols, num_cols, col_samples, w
-                    )  # fmt: skip
+                    col_terms = shift_and_factor(lse_cols, grad_cols, s, bounded, col_side, w)
                     f_0, f_1, ht, row_inner = column_view(
-                        of_base[c][0], of_base[c][1], f_0, f_1, of_rows, row_terms,
-                        shift_q, factor_q, row_inner, s, bounded, mask, w, BASES, CANDIDATES,
+                        towards[c][0], towards[c][1], f_0, f_1, of_rows, row_terms,
+                        col_terms, row_inner, s, bounded, mask, w, BASES, CANDIDATES,
                     )  # fmt: skip
                     col_c = tl.sum(ht, 0)
                     if not DIAGONAL or mirrored:
-                        write_inner(
-                            col_table, 2 * w + c, tile_row, num_row_tiles, cols, num_cols, col_c
-                        )  # fmt: skip
+                        write_inner(col_table, 2 * w + c, tile_row, num_row_tiles, col_side, col_c)
             f_0 = f_0.to(out.dtype.element_ty)
             f_1 = f_1.to(out.dtype.element_ty)
             store_tile(out + c * part, f_0, rows, cols, num_rows, pitch)
@@ -213,10 +194,8 @@ def fused_weights_kernel(
     for v in tl.static_range(len(BASES)):
         for b in tl.static_range(2):
             if BASES[v] is None or BASES[v] == b:
-                write_inner(
-                    row_table, 2 * v + b, tile_col, num_col_tiles, rows, num_rows,
-                    row_inner[2 * v + b],
-                )  # fmt: skip
+                of_base = row_inner[2 * v + b]
+                write_inner(row_table, 2 * v + b, tile_col, num_col_tiles, row_side, of_base)
 
 
 @triton.jit
@@ -237,19 +216,7 @@ def add_slots(
     tl.store(place, total, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "row_slots",
-        "col_slots",
-        "row_start",
-        "col_start",
-        "num_rows",
-        "num_cols",
-        "row_samples",
-        "col_samples",
-        "row_programs",
-    ]
-)
+@triton.jit(do_not_specialize=FOLD_NUMBERS)
 def inner_kernel(
     row_table, col_table, inner_rows, inner_cols,
     row_slots, col_slots, row_start, col_start, num_rows, num_cols, row_samples, col_samples,
@@ -273,33 +240,16 @@ def inner_kernel(
 
 
 def fused_block_weights(
-    problem: FusedProblem,
-    block: Block,
-    lse_rows: Tensor,
-    lse_cols: Tensor,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-    inner_rows: Tensor,
-    inner_cols: Tensor,
-    workspace: Workspace,
+    problem: FusedProblem, block: Block, rows: Lines, cols: Lines, workspace: Workspace
 ) -> Tensor:
     """Two launches; the result is valid until the next call with this workspace."""
-    bases = problem.bases
     out = workspace.tile(0, (2, 2, *block.shape), problem.compute_dtype)
     programs, tile, arguments = launch(problem, block)
-    row_table, col_table = new_tables(problem.scale, block, tile, 2 * len(bases))
-    row_programs, col_programs = fold_programs(block)
-    num_rows, num_cols = block.shape
+    tables = new_tables(problem.scale, block, tile, 2 * len(problem.bases))
     with torch.cuda.device_of(out):
         fused_weights_kernel[(programs,)](
-            lse_rows=lse_rows, lse_cols=lse_cols, grad_rows=grad_rows, grad_cols=grad_cols,
-            out=out, row_table=row_table, col_table=col_table, pitch=out.stride(2),
-            **arguments,
+            lse_rows=rows.lse, lse_cols=cols.lse, grad_rows=rows.grad, grad_cols=cols.grad,
+            out=out, row_table=tables[0], col_table=tables[1], pitch=out.stride(2), **arguments,
         )  # fmt: skip
-        inner_kernel[(row_programs + col_programs, 2 * len(bases))](
-            row_table, col_table, inner_rows, inner_cols,
-            row_table.shape[1], col_table.shape[1], block.row_start, block.col_start,
-            num_rows, num_cols, inner_rows.shape[2], inner_cols.shape[2], row_programs,
-            BASES=bases, LINES=FOLD_LINES, SLOTS=FOLD_SLOTS, num_warps=4,
-        )  # fmt: skip
+        fold(inner_kernel, tables, (rows.inner,), (cols.inner,), block, BASES=problem.bases)
     return out

@@ -2,15 +2,18 @@
 
     x_ij = s * <z_row_i, z_col_j>,   -inf where (i, j) is no negative
 
-with ``i, j`` counted from the block's corner. Products accumulate in float32; ``x``, statistics and
-weights are float32, logarithms natural. (Logits in base 2 would save one multiplication for each
-exponential, but round ``s`` once more, for negatives only: a loss of them and of positives whose
-own logits are exact would see two scales.)
+with ``i, j`` counted from the block's corner. Products, ``x``, statistics and weights are float32,
+logarithms natural. (Logits in base 2 would save one multiplication for each exponential, but round
+``s`` once more, for negatives only: a loss of them and of exact positives would see two scales.)
 
 Which embeddings are of one sample: given ids are compared; under the default ids the equal pairs
 are the diagonals ``j - i = id_offset (mod id_period)``, that is, row ``i`` carries the number
 ``(i + id_offset) mod id_period`` and column ``j`` carries ``j mod id_period``. A tile that no such
 diagonal crosses, and that lies inside the block, is not masked at all.
+
+Tuples that go together: ``block`` (row_start, col_start, num_rows, num_cols), ``ids`` (ids_rows,
+ids_cols, id_offset, id_period; the first two None under the default ids), ``samples`` (of the
+rows' embeddings, of the columns'), ``side`` (start, lines, length, samples: some rows or columns).
 """
 
 # Device code builds its tuples one entry at a time.
@@ -24,13 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gcl_kernels.backends.triton.tiles import (
-    CHIPS,
-    Tile,
-    device_chip,
-    num_tiles,
-    pick_tile,
-)
+from gcl_kernels.backends.triton.tiles import CHIPS, Tile, device_chip, num_tiles, pick_tile
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import FusedProblem, Problem, allows_tf32
 
@@ -126,10 +123,10 @@ def may_hold_same_sample(first_row, first_col, id_offset, id_period, TILE: tl.co
 
 
 @triton.jit
-def needs_mask(
-    ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE: tl.constexpr
-):  # fmt: skip
+def needs_mask(first_row, first_col, block, ids, TILE: tl.constexpr):
     """Whether a tile may hold anything but negatives."""
+    _, _, num_rows, num_cols = block
+    ids_rows, _, id_offset, id_period = ids
     if ids_rows is not None:
         needs = True
     else:
@@ -139,11 +136,11 @@ def needs_mask(
 
 
 @triton.jit
-def tile_ids(
-    ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols, id_offset, id_period
-):  # fmt: skip
+def tile_ids(rows, cols, block, ids):
     """Numbers of a tile's rows and columns that are equal where both are of one sample; outside the
     block, where is_negative does not ask for them, any."""
+    row_start, col_start, num_rows, num_cols = block
+    ids_rows, ids_cols, id_offset, id_period = ids
     if ids_rows is not None:
         row_ids = tl.load(ids_rows + row_start + rows, mask=rows < num_rows)
         col_ids = tl.load(ids_cols + col_start + cols, mask=cols < num_cols)
@@ -155,11 +152,11 @@ def tile_ids(
 
 @triton.jit
 def tile_logits(
-    z_rows, z_cols, ids_rows, ids_cols, scale, first_row, first_col,
-    row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
+    z_rows, z_cols, scale, first_row, first_col, block, ids, dim,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``x`` [TILE, TILE] in float32 of the tile with this corner, counted from the block's."""
+    row_start, col_start, num_rows, num_cols = block
     rows = first_row + tl.arange(0, TILE)
     cols = first_col + tl.arange(0, TILE)
     # Padding repeats the last row and is masked below: the product's loads need no row mask.
@@ -169,13 +166,8 @@ def tile_logits(
         z_rows, z_cols, global_rows, None, global_cols, dim, TILE_K, EVEN_K, PRECISION
     )
     x = product * scale
-    if needs_mask(
-        ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE
-    ):  # fmt: skip
-        row_ids, col_ids = tile_ids(
-            ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
-            id_offset, id_period,
-        )  # fmt: skip
+    if needs_mask(first_row, first_col, block, ids, TILE):
+        row_ids, col_ids = tile_ids(rows, cols, block, ids)
         negative = is_negative(rows, cols, num_rows, num_cols, row_ids, col_ids)
         x = tl.where(negative, x, -float("inf"))
     return x
@@ -183,8 +175,7 @@ def tile_logits(
 
 @triton.jit
 def fused_products(
-    z_rows, z_cols, first_row, first_col, row_start, col_start, num_rows, num_cols,
-    row_samples, col_samples, dim,
+    z_rows, z_cols, first_row, first_col, block, samples, dim,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``y_bc = <z_b^j, z_c^k>``: for the left and the right half of the columns the four tiles
@@ -195,6 +186,8 @@ def fused_products(
     which thread a quarter lies depends on the chip.
     """
     QUARTER: tl.constexpr = TILE // 4
+    row_start, col_start, num_rows, num_cols = block
+    row_samples, col_samples = samples
     numbers = tl.arange(0, 2 * TILE)
     places = numbers // 2 % QUARTER
     halves = numbers // (2 * QUARTER) % 2
@@ -233,8 +226,9 @@ def masked(x, mask):
 
 
 @triton.jit
-def load_coefficients(coefficients, start, lines, length, samples, BASES: tl.constexpr):
+def load_coefficients(coefficients, side, BASES: tl.constexpr):
     """For each view its two coefficients [lines]; zeros, unread, for a view that is a base."""
+    start, lines, length, samples = side
     views = ()
     for v in tl.static_range(len(BASES)):
         if BASES[v] is None:
@@ -249,47 +243,42 @@ def load_coefficients(coefficients, start, lines, length, samples, BASES: tl.con
 
 @triton.jit
 def fused_tile(
-    z_rows, z_cols, coefficients_rows, ids_rows, tile_row, tile_col,
-    row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
+    z_rows, z_cols, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
     BASES: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: its rows and their coefficients, the products of either half of its columns, and
-    whether it needs a mask."""
+    """Of a tile: its rows, as a ``side``, and their coefficients, the products of either half of
+    its columns, and whether it needs a mask."""
     first_row, first_col = tile_row * TILE, tile_col * TILE
     rows = first_row + tl.arange(0, TILE)
     products = fused_products(
-        z_rows, z_cols, first_row, first_col, row_start, col_start, num_rows, num_cols,
-        row_samples, col_samples, dim, TILE, TILE_K, EVEN_K, PRECISION,
-    )  # fmt: skip
-    of_rows = load_coefficients(coefficients_rows, row_start, rows, num_rows, row_samples, BASES)
-    needs = needs_mask(
-        ids_rows, first_row, first_col, num_rows, num_cols, id_offset, id_period, TILE
-    )  # fmt: skip
-    return rows, of_rows, products, needs
+        z_rows, z_cols, first_row, first_col, block, samples, dim, TILE, TILE_K, EVEN_K, PRECISION
+    )
+    side = block[0], rows, block[2], samples[0]
+    of_rows = load_coefficients(coefficients_rows, side, BASES)
+    return side, of_rows, products, needs_mask(first_row, first_col, block, ids, TILE)
 
 
 @triton.jit
 def half_columns(
-    half, rows, needs, coefficients_cols, ids_rows, ids_cols, tile_col,
-    row_start, col_start, num_rows, num_cols, col_samples, id_offset, id_period,
+    half, rows, needs, coefficients_cols, tile_col, block, samples, ids,
     BASES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of half of a tile's columns: their numbers and coefficients, and what ``masked`` takes."""
+    """Of half of a tile's columns: these, as a ``side``, their coefficients, and what ``masked``
+    takes."""
+    _, col_start, num_rows, num_cols = block
     cols = tile_col * TILE + half * (TILE // 2) + tl.arange(0, TILE // 2)
-    of_cols = load_coefficients(coefficients_cols, col_start, cols, num_cols, col_samples, BASES)
-    row_ids, col_ids = tile_ids(
-        ids_rows, ids_cols, rows, cols, row_start, col_start, num_rows, num_cols,
-        id_offset, id_period,
-    )  # fmt: skip
-    if ids_rows is not None:
+    side = col_start, cols, num_cols, samples[1]
+    of_cols = load_coefficients(coefficients_cols, side, BASES)
+    row_ids, col_ids = tile_ids(rows, cols, block, ids)
+    if ids[0] is not None:
         # Every tile is masked: as a term, which joins the multiplication by s. A select for each
         # pair of views, all from one comparison, spills on sm_90 with Triton 3.9.
         negative = is_negative(rows, cols, num_rows, num_cols, row_ids, col_ids)
         mask = (tl.where(negative, 0.0, -float("inf")),)
     else:
         mask = (needs, rows, cols, num_rows, num_cols, row_ids, col_ids)
-    return cols, of_cols, mask
+    return side, of_cols, mask
 
 
 @triton.jit
@@ -313,10 +302,9 @@ def is_bounded(scale, UNIT_ROWS: tl.constexpr):
     return UNIT_ROWS & (scale >= 0) & (scale <= MAX_BOUNDED_SCALE)
 
 
-def launch(problem: Problem | FusedProblem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
+def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
     """Programs, tile, and the arguments that all kernels over the tiles of a block share."""
     z_rows = problem.z_rows
-    rows, cols = block.shape
     # The interpreter, on the CPU, has no chip of its own.
     chip = device_chip(z_rows.get_device()) if z_rows.is_cuda else CHIPS["sm_80"]
     assert chip is not None  # why_not would have said so
@@ -325,9 +313,8 @@ def launch(problem: Problem | FusedProblem, block: Block) -> tuple[int, Tile, di
     is_float32 = z_rows.dtype == torch.float32
     dim = z_rows.shape[-1]
     fused = isinstance(problem, FusedProblem)
-    tile = pick_tile(chip, ieee and is_float32, dim, rows, cols, block.diagonal, fused)
+    tile = pick_tile(chip, ieee and is_float32, dim, *block.shape, block.diagonal, fused)
     tile_k = tile.slice_elements(z_rows.dtype)
-    id_offset, id_period = block.id_diagonals
     arguments = {
         "z_rows": z_rows,
         "z_cols": problem.z_cols,
@@ -336,11 +323,11 @@ def launch(problem: Problem | FusedProblem, block: Block) -> tuple[int, Tile, di
         "scale": problem.scale,
         "row_start": block.row_start,
         "col_start": block.col_start,
-        "num_rows": rows,
-        "num_cols": cols,
+        "num_rows": block.shape[0],
+        "num_cols": block.shape[1],
+        "id_offset": block.id_diagonals[0],
+        "id_period": block.id_diagonals[1],
         "dim": dim,
-        "id_offset": id_offset,
-        "id_period": id_period,
         "UNIT_ROWS": problem.unit_rows,
         "DIAGONAL": block.diagonal,
         "TILE": tile.size,
@@ -361,4 +348,4 @@ def launch(problem: Problem | FusedProblem, block: Block) -> tuple[int, Tile, di
         }
     else:
         arguments |= {"SERVES_ROWS": block.serves_rows, "SERVES_COLS": block.serves_cols}
-    return num_tiles(rows, cols, block.diagonal, tile.size), tile, arguments
+    return num_tiles(*block.shape, block.diagonal, tile.size), tile, arguments

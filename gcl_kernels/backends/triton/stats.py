@@ -6,11 +6,9 @@ One program computes one tile ``x`` (see primitives) and reduces it along both a
 
 Where ``|x| <= s <= 40`` is proved, ``m = s`` for all rows and columns: one exponential, no maximum.
 Every tile writes its ``(m, l)`` to its own slot of a table; a second kernel folds the slots, in
-their order, into the running statistics
+their order, into the running statistics. No atomics: every sum has one order.
 
     M' = max(M, max_t m_t)          L' = L exp(M - M') + sum_t l_t exp(m_t - M')
-
-No atomics: a slot has one writer, and every sum has one order.
 
 A diagonal block computes the tiles on and above its diagonal. Tile (a, b) fills slot ``b`` of the
 rows of ``a`` and, since x is symmetric, slot ``a`` of the rows of ``b``: each slot once.
@@ -19,6 +17,9 @@ Tables: float32 [2 (m, l), slots, rows or columns of the block]. Running statist
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -34,12 +35,18 @@ from gcl_kernels.backends.triton.primitives import (
 )
 from gcl_kernels.backends.triton.tiles import Tile
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import Problem, RowStats
+from gcl_kernels.problem import Problem, RowStats, Workspace
 
 FOLD_LINES = 32
 FOLD_SLOTS = 64
 """A program folds 32 rows (one cache line of each slot), 64 slots at a time: all 64 that a block of
 8192 rows has with tiles of 128, in one pass."""
+
+FOLD_NUMBERS = [
+    "row_slots", "col_slots", "row_start", "col_start", "num_rows", "num_cols", "row_samples",
+    "col_samples", "row_programs",
+]  # fmt: skip
+"""Arguments of the kernels that fold slots: any number, one compilation."""
 
 
 @triton.jit
@@ -68,13 +75,14 @@ def stats_kernel(
     SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    block = row_start, col_start, num_rows, num_cols
+    ids = ids_rows, ids_cols, id_offset, id_period
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
     s = tl.load(scale)
     x = tile_logits(
-        z_rows, z_cols, ids_rows, ids_cols, s, tile_row * TILE, tile_col * TILE,
-        row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
+        z_rows, z_cols, s, tile_row * TILE, tile_col * TILE, block, ids, dim,
         TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
     if is_bounded(s, UNIT_ROWS):
@@ -122,19 +130,7 @@ def fold_lines(
     tl.store(sums + start + lines, total, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "row_slots",
-        "col_slots",
-        "row_start",
-        "col_start",
-        "num_rows",
-        "num_cols",
-        "row_samples",
-        "col_samples",
-        "row_programs",
-    ]
-)
+@triton.jit(do_not_specialize=FOLD_NUMBERS)
 def fold_kernel(
     row_table, col_table, row_max, row_sum, col_max, col_sum,
     row_slots, col_slots, row_start, col_start, num_rows, num_cols, row_samples, col_samples,
@@ -164,32 +160,41 @@ def new_tables(scale: Tensor, block: Block, tile: Tile, *leading: int) -> tuple[
     return row_table, scale.new_empty(*leading, triton.cdiv(num_rows, tile.size), num_cols)
 
 
-def fold_programs(block: Block) -> tuple[int, int]:
-    """Programs that fold the rows of a block, and its columns."""
+def fold(
+    kernel: Any,
+    tables: tuple[Tensor, Tensor],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
+    block: Block,
+    **constants: Any,
+) -> None:
+    """Fold tables [count, ..., slots, lines] of a block's rows and columns into what there is of
+    them so far [..., samples]; ``count`` on the second axis of the launch."""
     num_rows, num_cols = block.shape
     row_programs = triton.cdiv(num_rows, FOLD_LINES) if block.serves_rows else 0
     folds_cols = block.serves_cols and not block.diagonal
-    return row_programs, triton.cdiv(num_cols, FOLD_LINES) if folds_cols else 0
-
-
-def fold(
-    row_table: Tensor, col_table: Tensor, rows: RowStats, cols: RowStats, block: Block
-) -> None:
-    """Fold tables [views, 2, slots, lines] into running statistics [views, samples]."""
-    row_programs, col_programs = fold_programs(block)
-    num_rows, num_cols = block.shape
-    fold_kernel[(row_programs + col_programs, row_table.shape[0])](
-        row_table, col_table, rows.max, rows.sum, cols.max, cols.sum,
-        row_table.shape[2], col_table.shape[2], block.row_start, block.col_start,
-        num_rows, num_cols, rows.max.shape[-1], cols.max.shape[-1], row_programs,
-        LINES=FOLD_LINES, SLOTS=FOLD_SLOTS, num_warps=4,
+    col_programs = triton.cdiv(num_cols, FOLD_LINES) if folds_cols else 0
+    kernel[(row_programs + col_programs, len(tables[0]))](
+        *tables, *rows, *cols, tables[0].shape[-2], tables[1].shape[-2],
+        block.row_start, block.col_start, num_rows, num_cols,
+        rows[0].shape[-1], cols[0].shape[-1], row_programs,
+        LINES=FOLD_LINES, SLOTS=FOLD_SLOTS, num_warps=4, **constants,
     )  # fmt: skip
 
 
-def block_stats(problem: Problem, block: Block, rows: RowStats, cols: RowStats) -> None:
+def run_stats(
+    kernel: Any, problem: Problem, block: Block, rows: RowStats, cols: RowStats, num_views: int
+) -> None:
     """Two launches: every tile's statistics to the tables, the tables into the running ones."""
     programs, tile, arguments = launch(problem, block)
-    row_table, col_table = new_tables(problem.scale, block, tile, 1, 2)
+    tables = new_tables(problem.scale, block, tile, num_views, 2)
     with torch.cuda.device_of(problem.z_rows):
-        stats_kernel[(programs,)](row_table=row_table, col_table=col_table, **arguments)
-        fold(row_table, col_table, rows, cols, block)
+        kernel[(programs,)](row_table=tables[0], col_table=tables[1], **arguments)
+        fold(fold_kernel, tables, (rows.max, rows.sum), (cols.max, cols.sum), block)
+
+
+def block_stats(
+    problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
+) -> None:
+    """As :meth:`Backend.block_stats`."""
+    run_stats(stats_kernel, problem, block, rows, cols, 1)

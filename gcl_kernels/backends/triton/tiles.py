@@ -18,7 +18,7 @@ benchmarks/results/kernels.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -96,71 +96,55 @@ _FMA = Tile(
 )  # fmt: skip
 
 TILES: dict[tuple[str, str], Tile] = {
-    ("sm_80", "large"): Tile(128, 128, 8, 4, "3 buffers of 32 KiB are 96 of 163 KiB"),
-    ("sm_80", "small"): _SMALL,
-    ("sm_80", "fma"): _FMA,
-    ("sm_89", "large"): Tile(128, 128, 8, 3, "2 buffers of 32 KiB are 64 of 99 KiB; 3 leave 3 KiB"),
-    ("sm_89", "small"): _SMALL,
-    ("sm_89", "fma"): _FMA,
-    ("sm_90", "large"): Tile(
-        128, 128, 8, 3, "3 buffers of 32 KiB: room for two programs, so that one can multiply "
-        "while the other exponentiates; with Triton 3.8 registers fit too. 3.6 takes up to 208: "
-        "one program, since a limit of 128 spills 264 bytes and tiles of 64 double the reads",
-    ),
-    ("sm_90", "small"): _SMALL,
-    ("sm_90", "fma"): _FMA,
-    ("sm_100", "large"): Tile(128, 128, 8, 3, "as sm_90; sums live in tensor memory, 128 columns"),
-    ("sm_100", "small"): Tile(64, 128, 8, 3, "as elsewhere; with 4 warps weights spill 72 bytes"),
-    ("sm_100", "fma"): _FMA,
-    ("sm_120", "large"): Tile(128, 128, 8, 3, "as sm_89: 64 of 99 KiB"),
-    ("sm_120", "small"): _SMALL,
-    ("sm_120", "fma"): _FMA,
-    ("gfx942", "large"): Tile(128, 128, 8, 2, "1 buffer of 32 KiB; weights take all 64 KiB of LDS"),
-    ("gfx942", "small"): Tile(64, 128, 4, 2, "1 buffer of 16 KiB: four programs share the LDS"),
-    ("gfx950", "large"): Tile(128, 128, 8, 2, "2 buffers of 32 KiB: two programs share 160 KiB"),
-    ("gfx950", "small"): Tile(64, 128, 4, 2, "as large, a quarter of the area"),
+    (chip, row): tile
+    for chip, *tiles in (
+        ("sm_80", Tile(128, 128, 8, 4, "3 buffers of 32 KiB are 96 of 163 KiB"), _SMALL, _FMA),
+        ("sm_89", Tile(
+            128, 128, 8, 3, "2 buffers of 32 KiB are 64 of 99 KiB; 3 leave 3 KiB",
+        ), _SMALL, _FMA),
+        ("sm_90", Tile(
+            128, 128, 8, 3, "3 buffers of 32 KiB: room for two programs, so that one can multiply "
+            "while the other exponentiates; with Triton 3.8 registers fit too. 3.6 takes up to "
+            "208: one program, since a limit of 128 spills 264 bytes and tiles of 64 double the "
+            "reads",
+        ), _SMALL, _FMA),
+        ("sm_100",
+            Tile(128, 128, 8, 3, "as sm_90; sums live in tensor memory, 128 columns"),
+            Tile(64, 128, 8, 3, "as elsewhere; with 4 warps weights spill 72 bytes"), _FMA),
+        ("sm_120", Tile(128, 128, 8, 3, "as sm_89: 64 of 99 KiB"), _SMALL, _FMA),
+        ("gfx942",
+            Tile(128, 128, 8, 2, "1 buffer of 32 KiB; weights take all 64 KiB of LDS"),
+            Tile(64, 128, 4, 2, "1 buffer of 16 KiB: four programs share the LDS")),
+        ("gfx950",
+            Tile(128, 128, 8, 2, "2 buffers of 32 KiB: two programs share 160 KiB"),
+            Tile(64, 128, 4, 2, "as large, a quarter of the area")),
+    )
+    for row, tile in zip(("large", "small", "fma"), tiles, strict=False)
 }  # fmt: skip
 
 
-def _fused(size: int, warps: int, stages: int, reason: str, slice_bytes: int = 128) -> Tile:
-    return Tile(size, slice_bytes, warps, stages, reason, bases=2)
+def _fused(chip: str, row: str, tile: Tile) -> Tile:
+    half = replace(tile, size=tile.size // 2, bases=2)
+    if row == "large":
+        return replace(
+            half, reason="64 x 64 samples are 128 x 128 products: operands, buffers and sums of a "
+            "thread as in the large tile above; weights fill the registers, so that one program "
+            "runs at a time",
+        )  # fmt: skip
+    if row == "fma":
+        return replace(half, reason="64 x 64 products, as fma above")
+    if chip.startswith("gfx"):
+        return replace(
+            half, warps=2, reason="a quarter of the area where the large are few; two 32 x 32 "
+            "products of MFMA are two wavefronts' work, which more of them would repeat",
+        )  # fmt: skip
+    return replace(
+        half, warps=4, reason="a quarter of the area where the large are few; too few rows for "
+        "HGMMA and tcgen05: HMMA, which small batches and rows that are not aligned can afford",
+    )  # fmt: skip
 
 
-_FUSED_LARGE = (
-    "64 x 64 samples are 128 x 128 products: operands, buffers and sums of a thread as in the "
-    "large tile above; weights fill the registers, so that one program runs at a time"
-)
-_FUSED_SMALL = _fused(
-    32, 4, 3, "a quarter of the area where the large are few; too few rows for HGMMA and tcgen05: "
-    "HMMA, which small batches and rows that are not aligned can afford",
-)  # fmt: skip
-_FUSED_SMALL_AMD = _fused(
-    32, 2, 2, "a quarter of the area where the large are few; two 32 x 32 products of MFMA are two "
-    "wavefronts' work, which more of them would repeat",
-)  # fmt: skip
-_FUSED_FMA = _fused(32, 8, 3, "64 x 64 products, as fma above", slice_bytes=64)
-
-FUSED_TILES: dict[tuple[str, str], Tile] = {
-    ("sm_80", "large"): _fused(64, 8, 4, _FUSED_LARGE),
-    ("sm_80", "small"): _FUSED_SMALL,
-    ("sm_80", "fma"): _FUSED_FMA,
-    ("sm_89", "large"): _fused(64, 8, 3, _FUSED_LARGE),
-    ("sm_89", "small"): _FUSED_SMALL,
-    ("sm_89", "fma"): _FUSED_FMA,
-    ("sm_90", "large"): _fused(64, 8, 3, _FUSED_LARGE),
-    ("sm_90", "small"): _FUSED_SMALL,
-    ("sm_90", "fma"): _FUSED_FMA,
-    ("sm_100", "large"): _fused(64, 8, 3, _FUSED_LARGE),
-    ("sm_100", "small"): _FUSED_SMALL,
-    ("sm_100", "fma"): _FUSED_FMA,
-    ("sm_120", "large"): _fused(64, 8, 3, _FUSED_LARGE),
-    ("sm_120", "small"): _FUSED_SMALL,
-    ("sm_120", "fma"): _FUSED_FMA,
-    ("gfx942", "large"): _fused(64, 8, 2, _FUSED_LARGE),
-    ("gfx942", "small"): _FUSED_SMALL_AMD,
-    ("gfx950", "large"): _fused(64, 8, 2, _FUSED_LARGE),
-    ("gfx950", "small"): _FUSED_SMALL_AMD,
-}
+FUSED_TILES = {key: _fused(*key, tile) for key, tile in TILES.items()}
 """For the kernels of fused views, whose ``size`` counts samples: two embeddings each."""
 
 

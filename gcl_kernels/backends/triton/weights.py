@@ -9,9 +9,8 @@ negative) gives weight zero. Where ``|x| <= s <= 40`` is proved:
 
     H_pq = exp(x_pq - s) * (g_p exp(s - lse_p) + g_q exp(s - lse_q))
 
-one exponential an entry. The exponents of the factors are at most 2 s, since lse >= -s.
-
-A diagonal block computes the tiles on and above its diagonal and writes the others as transposes.
+one exponential an entry. The exponents of the factors are at most 2 s, since lse >= -s. A diagonal
+block computes the tiles on and above its diagonal and writes the others as transposes.
 
 Inputs: lse, g float32 [M]. Output: [rows, columns of the block], rounded once, from float32;
 its rows are padded to an aligned pitch.
@@ -24,14 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcl_kernels.backends.triton.primitives import (
-    is_bounded,
-    launch,
-    tile_logits,
-    tile_of,
-)
+from gcl_kernels.backends.triton.primitives import is_bounded, launch, tile_logits, tile_of
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import Problem, Workspace
+from gcl_kernels.problem import Lines, Problem, Workspace
 
 
 @triton.jit
@@ -90,13 +84,14 @@ def weights_kernel(
     SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    block = row_start, col_start, num_rows, num_cols
+    ids = ids_rows, ids_cols, id_offset, id_period
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
     s = tl.load(scale)
     x = tile_logits(
-        z_rows, z_cols, ids_rows, ids_cols, s, tile_row * TILE, tile_col * TILE,
-        row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
+        z_rows, z_cols, s, tile_row * TILE, tile_col * TILE, block, ids, dim,
         TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
     rows = tile_row * TILE + tl.arange(0, TILE)
@@ -122,20 +117,14 @@ def weights_kernel(
 
 
 def block_weights(
-    problem: Problem,
-    block: Block,
-    lse_rows: Tensor,
-    lse_cols: Tensor,
-    grad_rows: Tensor,
-    grad_cols: Tensor,
-    workspace: Workspace,
+    problem: Problem, block: Block, rows: Lines, cols: Lines, workspace: Workspace
 ) -> Tensor:
     """One launch; the result is valid until the next call with this workspace."""
     out = workspace.tile(0, block.shape, problem.compute_dtype)
     programs, _, arguments = launch(problem, block)
     with torch.cuda.device_of(out):
         weights_kernel[(programs,)](
-            lse_rows=lse_rows, lse_cols=lse_cols, grad_rows=grad_rows, grad_cols=grad_cols,
+            lse_rows=rows.lse, lse_cols=cols.lse, grad_rows=rows.grad, grad_cols=cols.grad,
             out=out, pitch=out.stride(0), **arguments,
         )  # fmt: skip
     return out

@@ -1,0 +1,1 @@
+"""How ``V x N`` embeddings are represented: the two roads, behind one protocol."""
