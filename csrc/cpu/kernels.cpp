@@ -20,7 +20,7 @@
 
 namespace gcl {
 namespace baseline {
-constexpr int tile_vectors = 1;
+constexpr int vector_bytes = 16, tile_vectors = 2;
 #include "simd.h"
 #include "product.h"
 #include "kernels.h"
@@ -40,7 +40,7 @@ KERNELS_OF_THIS_NAMESPACE
 #endif
 namespace gcl {
 namespace avx2 {
-constexpr int tile_vectors = 1;
+constexpr int vector_bytes = 32, tile_vectors = 2;
 #include "simd.h"
 #include "product.h"
 #include "kernels.h"
@@ -60,7 +60,7 @@ KERNELS_OF_THIS_NAMESPACE
 #endif
 namespace gcl {
 namespace avx512 {
-constexpr int tile_vectors = 4;
+constexpr int vector_bytes = 64, tile_vectors = 4;
 #include "simd.h"
 #include "product.h"
 #include "kernels.h"

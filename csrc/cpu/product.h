@@ -5,7 +5,7 @@
 // its rows, or end within a vector, a slice of it is copied first. An element of C is summed over
 // slices of product_depth in their order, whatever the number of threads.
 
-// A register tile of 6 x 4 vectors keeps sums in 24 of the 32 registers of AVX-512, one of 6 x 1 in
+// A register tile of 6 x 4 vectors keeps sums in 24 of the 32 registers of AVX-512, one of 6 x 2 in
 // 12 of the 16 of AVX2: enough to hide the latency of an FMA. kernels.cpp defines tile_vectors.
 constexpr int tile_rows = product_tile_rows;
 constexpr int product_depth = 256;  // a slice of 64 columns: 64 KiB, in the second-level cache
