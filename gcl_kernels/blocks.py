@@ -98,6 +98,11 @@ def _cut(start: int, stop: int, block_rows: int) -> list[tuple[int, int]]:
     return [(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
+def _halves(start: int, stop: int) -> list[tuple[int, int]]:
+    half = (stop - start) / (2 * ROW_MULTIPLE)
+    return _cut(start, stop, math.ceil(half) * ROW_MULTIPLE)
+
+
 @dataclass(frozen=True)
 class Samples:
     """Those from ``start`` to ``stop`` of ``total`` samples."""
@@ -184,15 +189,11 @@ def plan_blocks(
                 if not (candidates[a][m] or candidates[m][a]):
                     continue
                 for cols in col_cuts[i if m == a else 0 :]:
-                    if rows != cols:
-                        visit(rows, cols, a, m)
-                        continue
-                    halves = [rows]
-                    if halve_diagonal and len(row_cuts) > 1:
-                        half = (rows[1] - rows[0]) / (2 * ROW_MULTIPLE)
-                        halves = _cut(*rows, math.ceil(half) * ROW_MULTIPLE)
-                    for pair in itertools.combinations_with_replacement(halves, 2):
-                        visit(*pair, a, a)
+                    pairs = [(rows, cols)]
+                    if rows == cols and halve_diagonal and len(row_cuts) > 1:
+                        pairs = list(itertools.combinations_with_replacement(_halves(*rows), 2))
+                    for pair in pairs:
+                        visit(*pair, a, m)
     return tuple(blocks)
 
 

@@ -21,7 +21,7 @@ from gcl_kernels import passes
 from gcl_kernels.backends import reference
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.distributed import empty_agreement
-from gcl_kernels.problem import Embedded, SampleData
+from gcl_kernels.problem import Embedded, SampleData, empty_gradients
 from gcl_kernels.roads.fused import formed
 from gcl_kernels.spec import NegativesSpec, parse_spec, recordable
 
@@ -69,12 +69,8 @@ def _forward_fake(
 
 def _backward_fake(bases: Sequence[Tensor], scale: Tensor, *rest: Any) -> list[Tensor]:
     *_, spec, needs_grad = rest
-    grads = [
-        base.new_empty(base.shape) if needs else scale.new_empty(0)
-        for base, needs in zip(bases, needs_grad, strict=False)
-    ]
     mixing = scale.new_empty((len(spec.candidates), 2) if needs_grad[-2] else 0)
-    return [*grads, mixing, scale.new_empty(())]
+    return [*empty_gradients(bases, scale, needs_grad), mixing, scale.new_empty(())]
 
 
 def _refuse(reason: str) -> Callable[..., Any]:

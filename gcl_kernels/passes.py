@@ -23,7 +23,7 @@ from gcl_kernels.distributed import (
     lines_that_meet,
 )
 from gcl_kernels.problem import Embedded, Problem, SampleData, finite_scale, subtractable
-from gcl_kernels.roads.base import Road
+from gcl_kernels.roads.base import Road, add_share
 from gcl_kernels.roads.fused import Fused
 from gcl_kernels.roads.views import Views
 from gcl_kernels.spec import NegativesSpec
@@ -108,8 +108,7 @@ def backward(
     sums = sums.view(*embedded.z.shape)
     if others is not None:
         part = _add_gradient_of_others(road, others, problem, lines, sums, inner)
-        if part is not None:
-            share = part if share is None else share + part
+        share = add_share(share, part)
     grads = road.backend.gradients(
         bases, scale, embedded, sums, inner, grad_own_logits, spec, needs_grad
     )
@@ -131,11 +130,15 @@ def _gradient(
     total = road.new_sums(problem.z_rows, once)
     lines = road.lines(subtractable(neg_lse), grad if unit is None else grad / unit, *total)
     share = road.gradient(problem, plan, kept, (lines, lines), once)
-    if unit is not None:
-        for of in (*total, share):
-            if of is not None:
-                of.mul_(unit)
+    _multiply_(unit, *total, share)
     return total, share
+
+
+def _multiply_(unit: Tensor | None, *sums: Tensor | None) -> None:
+    """By :meth:`Road.weight_unit`, what weights stored in it were added to."""
+    for of in sums:
+        if unit is not None and of is not None:
+            of.mul_(unit)
 
 
 def _add_gradient_of_others(
@@ -165,11 +168,8 @@ def _add_gradient_of_others(
         if unit is not None:
             for to, of in zip(total, of_rows, strict=True):
                 to.addcmul_(of, unit)
-            for of in (*of_cols, part):
-                if of is not None:
-                    of.mul_(unit)
-        if part is not None:
-            share = part if share is None else share + part
+        _multiply_(unit, *of_cols, part)
+        share = add_share(share, part)
         of_bases = of_cols[0].view(shard[0].shape)
         back = [PerSample(of_bases[b], 0) for b in needed]
         return [PerSample(of_cols[1], 2), *back] if inner.numel() else back

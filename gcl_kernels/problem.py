@@ -81,6 +81,20 @@ class Embedded(NamedTuple):
         )
 
 
+def empty_gradients(
+    bases: Sequence[Tensor], scale: Tensor, needs_grad: Sequence[bool]
+) -> list[Tensor]:
+    """Memory for gradients of the bases, in their dtypes; empty where none is needed.
+
+    Args:
+        needs_grad: of each base first.
+    """
+    return [
+        base.new_empty(base.shape) if needs else scale.new_empty(0)
+        for base, needs in zip(bases, needs_grad, strict=False)
+    ]
+
+
 @dataclass(eq=False)  # frozen it would take three times as long to make, twice a step
 class Problem:
     """The inputs of a pass over views that are given.
@@ -157,12 +171,17 @@ class RowStats:
     sum: Tensor
 
 
+def line_shape(problem: Problem, z: Tensor) -> tuple[int, ...]:
+    """Of what has a number for each row ``z`` of the problem, or for each column: [M], or [V, N] of
+    a :class:`FusedProblem`."""
+    if isinstance(problem, FusedProblem):
+        return len(problem.bases), z.shape[1]
+    return (z.shape[0],)
+
+
 def empty_stats(problem: Problem, z: Tensor) -> RowStats:
     """The statistics without a logit of the embeddings ``z``: the problem's rows, or columns."""
-    if isinstance(problem, FusedProblem):
-        shape: tuple[int, ...] = (len(problem.bases), z.shape[1])
-    else:
-        shape = (z.shape[0],)
+    shape = line_shape(problem, z)
     # Finite, so that a row which stays without a logit subtracts no infinities.
     start = problem.max_scale if bounded(problem) else torch.finfo(problem.accum_dtype).min
     return RowStats(problem.scale.new_full(shape, start), problem.scale.new_zeros(shape))

@@ -411,21 +411,16 @@ def _rows(name: str, value: Any, num_views: int, entry: str) -> list[list[Any]]:
     return rows
 
 
-def bool_table(name: str, value: Any, num_views: int) -> BoolTable:
-    """``candidates`` as a V x V tuple of booleans."""
-    rows = _rows(name, value, num_views, "booleans")
+def candidate_table(value: Any, num_views: int) -> BoolTable:
+    """``candidates`` as a V x V tuple of booleans; of None all are true."""
+    if value is None:
+        return ((True,) * num_views,) * num_views
+    rows = _rows("candidates", value, num_views, "booleans")
     for a, row in enumerate(rows):
         for m, entry in enumerate(row):
             if not isinstance(entry, (bool, int)) or entry not in (0, 1):
-                raise ValueError(f"{name}: expected booleans, got {entry!r} at [{a}][{m}]")
+                raise ValueError(f"candidates: expected booleans, got {entry!r} at [{a}][{m}]")
     return tuple(tuple(bool(entry) for entry in row) for row in rows)
-
-
-def candidate_table(value: Any, num_views: int) -> BoolTable:
-    """``candidates`` as given by a user; default all true."""
-    if value is None:
-        return ((True,) * num_views,) * num_views
-    return bool_table("candidates", value, num_views)
 
 
 def weight_table(name: str, value: Any, num_views: int) -> FloatTable:

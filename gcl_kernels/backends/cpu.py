@@ -32,6 +32,7 @@ from gcl_kernels.problem import (
     RowStats,
     Workspace,
     bounded,
+    line_shape,
 )
 from gcl_kernels.spec import ABSENT, NORM_EPS, Bases, BoolTable, NegativesSpec, Pairs
 
@@ -291,11 +292,8 @@ class Cpu(Backend):
     def statistics(self, problem: Problem, plan: tuple[Block, ...], kept: Tensor) -> Tensor | None:
         if _by_pytorch():
             return None
-        ids, num_rows = _ids(problem), problem.z_rows.shape[-2]
-        if isinstance(problem, FusedProblem):
-            neg_lse = problem.scale.new_empty(len(problem.bases), num_rows)
-        else:
-            neg_lse = problem.scale.new_empty(num_rows)
+        ids = _ids(problem)
+        neg_lse = problem.scale.new_empty(line_shape(problem, problem.z_rows))
         _function("statistics", problem.accum_dtype)(
             _problem(problem, ids),
             _places(plan),
@@ -315,9 +313,9 @@ class Cpu(Backend):
         needs_grad: Sequence[bool],
     ) -> tuple[Tensor, Tensor] | None:
         *needs_bases, _, needs_scale = needs_grad
-        fused = isinstance(problem, FusedProblem)
         # Of given views that are frozen the scale's gradient has shares that are not in <z, H z>.
-        if _by_pytorch() or (needs_scale and not fused and not all(needs_bases)):
+        frozen = not isinstance(problem, FusedProblem) and not all(needs_bases)
+        if _by_pytorch() or (needs_scale and frozen):
             return None
         ids, grad, sums = _ids(problem), _readable(grad), torch.empty_like(problem.z_rows)
         if isinstance(problem, FusedProblem):

@@ -158,7 +158,12 @@ class Road(ABC):
         workspace = Workspace(problem.z_rows.device, plan, kept, self.tiles)
         share = None
         for block in plan:
-            part = self.add_block(problem, block, sides, workspace, once)
-            if part is not None:
-                share = part if share is None else share.add_(part)
+            share = add_share(share, self.add_block(problem, block, sides, workspace, once))
         return share
+
+
+def add_share(share: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """The sum of what :meth:`Road.add_block` and :meth:`Road.gradient` return."""
+    if share is None or part is None:
+        return part if share is None else share
+    return share + part

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gcl_kernels import spec as host
 from gcl_kernels.backends.base import Backend, sum_shares
-from gcl_kernels.problem import Embedded
+from gcl_kernels.problem import Embedded, empty_gradients
 from gcl_kernels.spec import NegativesSpec, Pairs
 
 LINES = 4
@@ -370,10 +370,7 @@ def gradients(
 ) -> list[Tensor]:
     """As :meth:`Backend.gradients`, in one launch and sums; ``sums`` stays."""
     given, rounded = spec.mixed is None, spec.compute_dtype != spec.accum_dtype
-    grads = [
-        base.new_empty(base.shape) if needs else scale.new_empty(0)
-        for base, needs in zip(bases, needs_grad, strict=False)
-    ]
+    grads = empty_gradients(bases, scale, needs_grad)
     shares = sums.new_empty(1 if given else 2 * len(spec.bases) + 1, bases[0].shape[0])
     grid, arguments = over_samples(bases if rounded else embedded.z.unbind(0), spec)
     with torch.cuda.device_of(scale):
