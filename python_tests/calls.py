@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gcl_kernels import losses, passes
+from gcl_kernels import losses, passes, problem
+from gcl_kernels.backends import cpu, tiled
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.spec import NegativesSpec
 
@@ -63,6 +64,14 @@ def run_backward(
     neg_lse, own_logits, *saved = results
     upstream = torch.ones_like(neg_lse), torch.ones_like(own_logits)
     return passes.backward(bases, scale, [ids], [*saved, neg_lse], *upstream, spec, needs_grad)
+
+
+def cut_small(patch: pytest.MonkeyPatch) -> None:
+    """Blocks of at most 16 rows, recomputed in the backward pass: many tiles from few samples."""
+    for backend, rows in ((tiled, {"default": 16}), (cpu, 16)):
+        patch.setattr(backend, "BLOCK_ROWS", rows)
+        patch.setattr(backend, "FUSED_BLOCK_ROWS", rows)
+    patch.setattr(problem, "KEPT_ELEMENTS", 0)
 
 
 def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:

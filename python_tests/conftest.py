@@ -9,11 +9,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
-from calls import emulate_half_products
+from calls import cut_small, emulate_half_products
 from interpreter import mended_interpreter
 
-from gcl_kernels import problem
-from gcl_kernels.backends import cpu, tiled
 from gcl_kernels.dispatch import BACKENDS
 
 __all__ = ["mended_interpreter"]  # a fixture of every test
@@ -58,12 +56,8 @@ def float64_backend(backend: str, device: torch.device) -> str:
 
 @pytest.fixture
 def ragged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of at most 16 rows, recomputed in the backward pass: many tiles from few samples."""
-    monkeypatch.setattr(tiled, "BLOCK_ROWS", {"default": 16})
-    monkeypatch.setattr(tiled, "FUSED_BLOCK_ROWS", {"default": 16})
-    monkeypatch.setattr(cpu, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(cpu, "FUSED_BLOCK_ROWS", 16)
-    monkeypatch.setattr(problem, "KEPT_ELEMENTS", 0)
+    """Small blocks, see there."""
+    cut_small(monkeypatch)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from oracle import dense_gcl
 from tolerance import assert_accurate
@@ -16,6 +17,9 @@ from torch import Tensor
 
 import gcl_kernels
 from gcl_kernels.spec import HALF_DTYPES, accum_dtype_of
+
+every_road = pytest.mark.parametrize("road", ["views", "fused", "formed"], indirect=True)
+both_fused_roads = pytest.mark.parametrize("road", ["fused", "formed"], indirect=True)
 
 CPU = torch.device("cpu")
 NAMES = ("e_i", "e_t", "e_it")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
 import torch
 from contract import random_views
+from processes import run_fresh
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -228,5 +227,4 @@ def test_counted_whichever_is_imported_first():
         "    gcl_kernels.clip_loss(e, e.detach()).backward()\n"
         "print(counter.get_total_flops())\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == str((2 + 2) * 4 * 4 * 8), result.stderr
+    assert run_fresh(code).strip() == str((2 + 2) * 4 * 4 * 8)

@@ -46,14 +46,16 @@ FUNCTIONS = {
     "gcl, one tensor twice": lambda e, s: gcl_kernels.gcl_loss(e[0], e[0], e[1], s),
     "gcl, fused, one tensor twice": lambda e, s: gcl_kernels.gcl_loss(e[0], e[0], None, s),
     "reference": lambda e, s: gcl_kernels.gcl_loss(*e, s, backend="reference"),
-    "neg_lse": lambda e, s: gcl_kernels.neg_lse(e, s).mean(),
+    "neg_lse": lambda e, s: gcl_kernels.neg_lse(
+        e, s, sample_ids=torch.arange(e[0].shape[0]) // 2
+    ).mean(),
 }
 
 
-GENERATED = ("gcl, all options",)
-"""Through the default compiler; below, score fusion's operator and the one without ids. The others
-take its way as far as the graph of operators, forwards and backwards, and leave out the C++ around
-them, which is not of this package and takes ten seconds each."""
+GENERATED = ("neg_lse",)
+"""Through the default compiler, as score fusion below. The others take its way as far as the graph
+of operators, forwards and backwards, and leave out the C++ around them, which is not of this
+package and takes up to ten seconds each."""
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -79,15 +81,12 @@ def test_full_graph_gives_the_eager_numbers(name, ragged):
 
 LOSSES = {
     "clip": lambda e: gcl_kernels.clip_loss(*e[:2]),
-    "nt_xent": lambda e: gcl_kernels.nt_xent_loss(*e[:2]),
     "gcl": lambda e: gcl_kernels.gcl_loss(*e[:3]),
     "gcl, fused by addition": lambda e: gcl_kernels.gcl_loss(*e[:2]),
     "module": lambda e: gcl_kernels.GCLLoss()(*e[:2]),
-    **{f"neg_lse of {v}": lambda e, v=v: gcl_kernels.neg_lse(e[:v]).sum() for v in range(1, 7)},
-    **{
-        f"{v} views": lambda e, v=v: gcl_kernels.multiview_contrastive_loss(e[:v])
-        for v in range(2, 7)
-    },
+    "neg_lse of 1": lambda e: gcl_kernels.neg_lse(e[:1]).sum(),
+    "neg_lse of 4": lambda e: gcl_kernels.neg_lse(e[:4]).sum(),
+    "6 views": lambda e: gcl_kernels.multiview_contrastive_loss(e),
 }
 
 
@@ -165,7 +164,8 @@ def test_dynamic_shapes_and_a_changing_temperature():
 
 def test_module_and_autocast():
     module = gcl_kernels.GCLLoss(learnable_scale=True)
-    compiled = torch.compile(module, fullgraph=True)
+    # Dynamo and autocast meet before the graph: no code generation.
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager_decomp_partition")
     views = views_of(3)
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -192,8 +192,9 @@ def test_exported_for_batches_of_any_size(num_views):
 
 @pytest.mark.parametrize("mixed", [None, MIXED], ids=["views", "fused"])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("ids", [None, torch.arange(12) // 2])
-@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("ids", "compute_dtype"), [(None, torch.float32), (torch.arange(12) // 2, torch.float64)]
+)
 def test_opcheck(mixed, normalize, ids, compute_dtype):
     views = [v.detach() for v in views_of(3, 12)]
     scale = torch.tensor(3.0, dtype=compute_dtype)

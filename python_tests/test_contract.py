@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from calls import MIXED, run_backward, run_forward, spec_of
-from contract import CPU, DTYPES, OPTIONS, WEIGHTS, check, collapsed_views, random_views
+from contract import CPU, DTYPES, OPTIONS, WEIGHTS, check, collapsed_views, every_road, random_views
 from oracle import dense_gcl, dense_loss, dense_neg_lse
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import gcl_kernels
 from gcl_kernels import problem
 from gcl_kernels.dispatch import BACKENDS
-
-every_road = pytest.mark.parametrize("road", ["views", "fused", "formed"], indirect=True)
 
 
 def skip_without(dtype: torch.dtype, backend: str, device: torch.device) -> None:

@@ -33,6 +33,7 @@ from block_checks import (
     run_stats,
 )
 from cuda_host import emulated_build
+from processes import run_fresh
 from torch import Tensor
 
 import gcl_kernels
@@ -187,8 +188,7 @@ for setting in {ALLOW_TF32}:
         os._exit(0)
     os.wait()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["False True"] * len(ALLOW_TF32), done.stderr
+    assert run_fresh(code).splitlines() == ["False True"] * len(ALLOW_TF32)
 
 
 @pytest.mark.skipif(backend._cuda is not None, reason="the extension is built")

@@ -8,15 +8,17 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from calls import MIXED, emulate_half_products, run_backward, run_forward, spec_of
-from oracle import dense_loss, dense_neg_lse
-from processes import Pool
+from calls import MIXED, cut_small, emulate_half_products, run_backward, run_forward, spec_of
+from contract import random_views
+from oracle import dense_gcl, dense_loss, dense_neg_lse
+from processes import Pool, join_gloo
 from tolerance import assert_accurate
 from torch import Tensor, nn
 from torch.distributed import checkpoint
@@ -33,7 +35,7 @@ from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 import gcl_kernels
 from gcl_kernels import distributed, passes, problem
-from gcl_kernels.backends import base, cpu, tiled
+from gcl_kernels.backends import base, tiled
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.distributed import meetings
 
@@ -45,7 +47,7 @@ EXCHANGES = ["gather", "ring"]
 UPSTREAM = [1.0, -2.0, 0.5, 3.0, 1.5]
 """Every process multiplies its loss by one of these before it goes backward."""
 FUSION_WEIGHTS = (1.3, 0.7)
-OF_THE_SUM = ("fused", "sum formed")
+OF_THE_SUM = ("fused", "formed")
 SHARED = ("scale", "fusion_weights")
 """Gradients of which every process has a share."""
 
@@ -63,14 +65,10 @@ def group_of(members: tuple[int, ...]) -> Any:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = Pool(WORLD, tmp_path_factory.mktemp("processes"))
+    store = tmp_path_factory.mktemp("processes") / "store"
+    pool = Pool(WORLD, partial(join_gloo, store, WORLD))
     yield pool
     pool.close()
-
-
-def random_views(num_samples: int, dim: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1000 * seed + num_samples)
-    return [torch.randn(num_samples, dim, generator=generator).double() for _ in range(3)]
 
 
 def shard(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -98,13 +96,10 @@ def step(
     s = torch.tensor(scale, dtype=accum, requires_grad=True)
     weights = [torch.tensor(w, dtype=accum, requires_grad=True) for w in FUSION_WEIGHTS]
     with pytest.MonkeyPatch.context() as patch:
-        if road == "sum formed":
+        if road == "formed":
             patch.setattr(BACKENDS[options["backend"]], "fuses_scores", False)
         if small_blocks:
-            for backend, blocks in ((tiled, {"default": 16}), (cpu, 16)):
-                patch.setattr(backend, "BLOCK_ROWS", blocks)
-                patch.setattr(backend, "FUSED_BLOCK_ROWS", blocks)
-            patch.setattr(problem, "KEPT_ELEMENTS", 0)
+            cut_small(patch)
 
         def of_the_sum() -> Tensor:
             return gcl_kernels.gcl_loss(
@@ -112,9 +107,9 @@ def step(
             )
 
         loss = {
-            "three views": lambda: gcl_kernels.gcl_loss(*views, s, group=group, **options),
+            "views": lambda: gcl_kernels.gcl_loss(*views, s, group=group, **options),
             "fused": of_the_sum,
-            "sum formed": of_the_sum,
+            "formed": of_the_sum,
             "two views": lambda: gcl_kernels.clip_loss(*views[:2], s, group=group, **options),
         }[road]()
         (loss * UPSTREAM[dist.get_rank()]).sum().backward()
@@ -124,7 +119,7 @@ def step(
 def gradients(
     road: str, loss: Tensor, scale: Tensor, views: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    used = views if road == "three views" else views[:2]
+    used = views if road == "views" else views[:2]
     found = {
         "loss": loss,
         "scale": scale.grad,
@@ -156,14 +151,11 @@ def exact_step(
     reduction = options.pop("reduction", "mean")
     s = torch.tensor(scale, dtype=compute, requires_grad=True)
     weights = [torch.tensor(w, dtype=compute, requires_grad=True) for w in FUSION_WEIGHTS]
-    inputs = views[:2]
-    if road == "three views":
-        inputs = views
-    elif road in OF_THE_SUM:
-        inputs = [*inputs, weights[0] * views[0] + weights[1] * views[1]]
+    options["reduction"] = "none"
+    if road == "two views":
+        losses = dense_loss(views[:2], s, candidates=[[False, True], [True, False]], **options)
     else:
-        options["candidates"] = [[False, True], [True, False]]
-    losses = dense_loss(inputs, s, reduction="none", **options)
+        losses = dense_gcl(views if road == "views" else views[:2], s, weights, **options)
     divisor = len(losses) / len(members) if reduction == "mean" else 1
     shares = (losses / divisor).split([sizes[r] for r in members])
     sum((share.sum() * UPSTREAM[r] for share, r in zip(shares, members, strict=True))).backward()
@@ -225,12 +217,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 OF_TWO_VIEWS = {name: OPTIONS[name] for name in ("default", "ids of all processes", "sum")}
 ROADS = {
-    "three views": OPTIONS,
+    "views": OPTIONS,
     "fused": OPTIONS,
-    "sum formed": {name: OPTIONS[name] for name in ("default", "none")},
+    "formed": {name: OPTIONS[name] for name in ("default", "none")},
     "two views": OF_TWO_VIEWS,
 }
-"""``sum formed``: score fusion of a backend without block functions for it."""
+"""``formed``: score fusion of a backend without block functions for it."""
 
 
 def test_every_pair_of_samples_meets_once():
@@ -285,7 +277,7 @@ def rows_without_negatives() -> list[Tensor]:
     """All ids are equal in all processes: no negatives anywhere; then only this one's are."""
     results = []
     for ids in (torch.zeros(4, dtype=torch.int32), torch.full((4,), dist.get_rank())):
-        views = [v.float().requires_grad_() for v in random_views(4, 8, dist.get_rank())]
+        views = [v.float().requires_grad_() for v in random_views(4, 8, seed=dist.get_rank())]
         for e_it in (None, views[2]):
             loss = gcl_kernels.gcl_loss(
                 *views[:2], e_it, sample_ids=ids, group="world", exchange="ring"
@@ -326,13 +318,13 @@ def subset_step(needs: Sequence[bool], road: str, dtype: torch.dtype) -> list[Te
     *needs_view, needs_scale = needs
     views = [torch.randn(11, 6, dtype=dtype).requires_grad_(need) for need in needs_view]
     scale = torch.tensor(20.0, dtype=dtype, requires_grad=needs_scale)
-    e_it = views[2] if road == "three views" else None
+    e_it = views[2] if road == "views" else None
     loss = gcl_kernels.gcl_loss(*views[:2], e_it, scale, group="world")
     loss.backward()
     return [leaf.grad for leaf in (*views, scale)]
 
 
-@pytest.mark.parametrize("road", ["three views", "fused"])
+@pytest.mark.parametrize("road", ["views", "fused"])
 def test_subset_of_inputs(pool, road):
     """Each gradient is the one that it is where all inputs need one."""
     full = pool.run(subset_step, (True,) * 4, road, torch.float64)
@@ -353,7 +345,7 @@ def test_subset_of_inputs(pool, road):
 
 def different_inputs(road: str) -> list[Tensor]:
     """Gradients of all inputs, and of the first alone in the first process."""
-    views = [v.requires_grad_() for v in random_views(11, 6, dist.get_rank())]
+    views = [v.requires_grad_() for v in random_views(11, 6, seed=dist.get_rank())]
     inputs = views[: 2 if road == "fused" else 3]
     loss = gcl_kernels.gcl_loss(*views[:2], None if road == "fused" else views[2], group="world")
     every = torch.autograd.grad(loss, inputs, retain_graph=True)
@@ -364,7 +356,7 @@ def different_inputs(road: str) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("road", ["three views", "fused"])
+@pytest.mark.parametrize("road", ["views", "fused"])
 def test_processes_may_ask_for_gradients_of_different_inputs(pool, road):
     for differences in pool.run(different_inputs, road):
         assert max(differences) < 1e-12
@@ -372,7 +364,7 @@ def test_processes_may_ask_for_gradients_of_different_inputs(pool, road):
 
 def repeated(exchange: str) -> bool:
     """Whether two runs, and two backward passes of one, give the same bits."""
-    views = [v.float().requires_grad_() for v in random_views(50, 24, dist.get_rank())]
+    views = [v.float().requires_grad_() for v in random_views(50, 24, seed=dist.get_rank())]
     s = torch.tensor(20.0, requires_grad=True)
     inputs, runs = (*views, s), []
     for _ in range(2):
@@ -391,7 +383,7 @@ def swapped(road: str, backend: str, exchange: str) -> list[Tensor]:
     """Two losses of the same shapes; rank 1 goes backward in another order. Then all in one."""
     options = {"group": "world", "exchange": exchange, "backend": backend}
     batches = [
-        [v.float().requires_grad_() for v in random_views(11, 6, 10 * b + dist.get_rank())]
+        [v.float().requires_grad_() for v in random_views(11, 6, seed=10 * b + dist.get_rank())]
         for b in range(2)
     ]
     scale = torch.tensor(20.0, requires_grad=True)
@@ -409,7 +401,7 @@ def swapped(road: str, backend: str, exchange: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
-@pytest.mark.parametrize("road", ["three views", "fused"])
+@pytest.mark.parametrize("road", ["views", "fused"])
 def test_backward_passes_in_different_orders_make_nan(pool, road, backend, exchange):
     """No wrong gradient; and the next step has gradients again."""
     for grads in pool.run(swapped, road, backend, exchange):
@@ -439,7 +431,7 @@ def half_step(dtype: torch.dtype, road: str, upstream: float) -> list[tuple[Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("road", ["three views", "fused"])
+@pytest.mark.parametrize("road", ["views", "fused"])
 @pytest.mark.parametrize("upstream", [1.0, -1e-7])
 def test_half_products(pool, dtype, road, upstream):
     """As in one process, also where weights are below the smallest float16, and with a frozen
@@ -492,7 +484,7 @@ class _Arrived:
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("road", ["three views", "fused"])
+@pytest.mark.parametrize("road", ["views", "fused"])
 def test_memory(monkeypatch, road, exchange):
     """Nothing grows with the square of the batch, and embeddings take what the docs say: seen on
     one of nine processes whose others send anything."""
@@ -554,21 +546,21 @@ def train(exchange: str, road: str) -> list[Tensor]:
     for seed in range(3):
         optimizer.zero_grad()
         i, t, s = model(*(shard(x, [7, 4, 6, 2, 5]) for x in pairs(seed)))
-        e_it = i + t if road == "three views" else None
+        e_it = i + t if road == "views" else None
         gcl_kernels.gcl_loss(i, t, e_it, s, group="world", exchange=exchange).backward()
         optimizer.step()
     return [p.detach() for p in model.module.parameters()]
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("road", ["three views", "fused"])
+@pytest.mark.parametrize("road", ["views", "fused"])
 def test_data_parallel_training_is_training_on_the_whole_batch(pool, road, exchange):
     model = Towers()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     for seed in range(3):
         optimizer.zero_grad()
         i, t, s = model(*pairs(seed))
-        dense_loss([i, t, i + t], s).backward()
+        dense_gcl([i, t], s).backward()
         optimizer.step()
     for parameters in pool.run(train, exchange, road):
         for result, expected in zip(parameters, model.parameters(), strict=True):
@@ -590,7 +582,7 @@ class TowersAndLoss(nn.Module):
 
     def forward(self, images: Tensor, texts: Tensor, road: str = "fused") -> Tensor:
         i, t = self.image(images), self.text(texts)
-        return self.loss(i, t, i + t if road == "three views" else None)
+        return self.loss(i, t, i + t if road == "views" else None)
 
 
 LOG_BOUND = torch.tensor(12.0).double().log().item()
@@ -776,7 +768,7 @@ def checkpointed_steps(
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
-@pytest.mark.parametrize("road", ["three views", "fused"])
+@pytest.mark.parametrize("road", ["views", "fused"])
 def test_recomputed_in_the_backward_pass(pool, road, exchange):
     """A checkpointed region's collectives run again in the backward pass, in all processes."""
     for reentrant, losses in ((False, 1), (True, 1), (False, 2)):
@@ -829,7 +821,7 @@ def compiled_step(fuses: bool) -> tuple[list[Tensor], list[Tensor]]:
     pair = group_of((0, 1))
     if dist.get_rank() > 1:
         return [], []
-    views = [v.float().requires_grad_() for v in random_views(12, 8, dist.get_rank())]
+    views = [v.float().requires_grad_() for v in random_views(12, 8, seed=dist.get_rank())]
     scale = torch.tensor(20.0, requires_grad=True)
 
     def loss(i: Tensor, t: Tensor, it: Tensor, s: Tensor) -> Tensor:
@@ -862,7 +854,7 @@ def test_what_operators_are_given_depends_on_the_number_of_processes(pool):
 
 
 def without_grad() -> tuple[Tensor, Tensor]:
-    views = random_views(6, 8, dist.get_rank())
+    views = random_views(6, 8, seed=dist.get_rank())
     with torch.no_grad():
         evaluated = gcl_kernels.gcl_loss(*views, group="world")
     return evaluated, gcl_kernels.gcl_loss(*views, group="world")

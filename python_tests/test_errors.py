@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
-import subprocess
-import sys
 import typing
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from processes import run_fresh
 
 import gcl_kernels
 from gcl_kernels import GCLLoss, clip_loss, gcl_loss, multiview_contrastive_loss, neg_lse
@@ -458,18 +456,9 @@ def test_module_shows_its_options():
     )
 
 
-def _fresh(code: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "GCL_KERNELS_BACKEND"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_import_without_triton():
     """Where `import triton` fails, the package imports and the tiled path runs."""
-    _fresh(
+    run_fresh(
         "import sys, importlib.abc, torch\n"
         "for name in [n for n in sys.modules if n.split('.')[0] == 'triton']:\n"
         "    del sys.modules[name]\n"

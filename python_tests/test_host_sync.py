@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import MIXED, add_product, run_backward, run_forward, spec_of
+from contract import both_fused_roads, every_road
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,16 +84,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("scale", ["number", "tensor"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("fused", ["given", "in tiles", "formed"])
-def test_losses(operations, fused, options, scale, request):
-    if fused == "formed":
-        request.getfixturevalue("forms_the_sum")
-
+@every_road
+def test_losses(operations, road, options, scale):
     def step() -> None:
-        e_i, e_t, e_it = embeddings(3)
+        views = embeddings(3 if road == "views" else 2)
         s = 20.0 if scale == "number" else torch.empty((), device=CUDA)
-        given = {**options, "backend": "tiled"}
-        gcl_kernels.gcl_loss(e_i, e_t, e_it if fused == "given" else None, s, **given)
+        gcl_kernels.gcl_loss(*views, logit_scale=s, backend="tiled", **options)
 
     operations(step)
 
@@ -102,17 +99,8 @@ def test_losses_of_two_views(operations, loss):
     operations(lambda: loss(*embeddings(2), 20.0, backend="tiled"))
 
 
-@pytest.fixture
-def forms_the_sum(operations, monkeypatch) -> None:
-    """``tiled`` in place of a backend without block functions of score fusion."""
-    monkeypatch.setattr(BACKENDS["tiled"], "fuses_scores", False)
-
-
-@pytest.mark.parametrize("fused", ["in tiles", "formed"])
-def test_learnable_fusion_weights(operations, fused, request):
-    if fused == "formed":
-        request.getfixturevalue("forms_the_sum")
-
+@both_fused_roads
+def test_learnable_fusion_weights(operations, road):
     def step() -> None:
         weights = [torch.empty((), device=CUDA) for _ in range(2)]
         gcl_kernels.gcl_loss(*embeddings(2), fusion_weights=weights, backend="tiled")

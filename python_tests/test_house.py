@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import run_fresh
 
 import gcl_kernels
 
@@ -85,8 +85,7 @@ def test_the_package_imports_nothing_heavy():
     code = "import torch, sys; before = set(sys.modules)\nimport gcl_kernels\n"
     code += "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))\n"
     code += "print(*{'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, compilers = done.stdout.split("\n")[:2]
+    first, compilers = run_fresh(code).split("\n")[:2]
     ours = {"gcl_kernels"}
     standard = set(sys.stdlib_module_names) | {"torch"}
     assert set(first.split()) - standard == ours

@@ -8,9 +8,7 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +21,8 @@ import torch.nn.functional as F
 pytest.importorskip("open_clip")
 
 import open_clip
+from oracle import dense_gcl
+from processes import run_as_of_torchrun
 from test_docs import ROOT, code_blocks
 
 import gcl_kernels
@@ -30,20 +30,9 @@ from gcl_kernels.integrations import open_clip as gcl
 
 TINY = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
-    "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 2},
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1, "head_width": 32},
+    "text_cfg": {"context_length": 16, "width": 64, "heads": 2, "layers": 1},
 }
-
-
-def dense_gcl(z_i, z_t, z_it, scale):
-    """The paper's loss as it is written, over normalised embeddings; the diagonal masked."""
-    z = torch.cat([z_i, z_t, z_it])
-    n = len(z_i)
-    x = scale * z @ z.T
-    log_p = x.masked_fill(torch.eye(3 * n, dtype=torch.bool), -torch.inf).log_softmax(dim=1)
-    rows = torch.arange(n)
-    pairs = [(a, b) for a in range(3) for b in range(3) if a != b]
-    return -sum(log_p[a * n + rows, b * n + rows].sum() for a, b in pairs) / (6 * n)
 
 
 def embeddings(n=24, d=16, seed=0, dtype=torch.float64):
@@ -84,7 +73,7 @@ def test_loss_and_gradients_match_the_dense_float64_formula(fused):
     grads = torch.autograd.grad(loss, inputs)
 
     summed = image + text if fused else unit(image) + unit(text)
-    expected = dense_gcl(unit(image), unit(text), unit(summed), scale)
+    expected = dense_gcl([image, text, summed], scale)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs))
 
@@ -397,7 +386,7 @@ def test_page_loop_of_ones_own(tiny_config, tmp_path):
     image, text = tiny_batch()
     e_i, e_t = start.encode_image(image).double(), start.encode_text(text).double()
     scale = start.logit_scale.double().exp()
-    expected = dense_gcl(unit(e_i), unit(e_t), unit(e_i + e_t), scale)
+    expected = dense_gcl([e_i, e_t], scale)
     torch.testing.assert_close(names["loss"].double(), expected, rtol=1e-5, atol=0)
     assert names["model"].logit_scale.item() == pytest.approx(math.log(100))
     expected.backward()
@@ -660,9 +649,7 @@ def program(monkeypatch):
     ("model_options", "accum_freq", "precision"),
     [
         (None, 1, "fp32"),
-        ({"fusion_weights": (1.0, 1.0)}, 1, "amp"),
-        (None, 2, "amp_bf16"),
-        ({"fusion_weights": (1.0, 1.0)}, 2, "fp32"),
+        ({"fusion_weights": (1.0, 1.0)}, 2, "amp_bf16"),
         ({"fuse_in_loss": True}, 2, "amp"),
     ],
 )
@@ -687,13 +674,13 @@ def test_open_clips_program_trains(
             "create_model_and_transforms",
             functools.partial(gcl.create_model_and_transforms, **model_options),
         )
-    epochs = 5
+    epochs = 4
     program.main(
         f"--model {tiny_config} --train-data {emoji_csv} --val-data {emoji_csv} "
         f"--val-frequency {epochs} --dataset-type csv --workers 0 --device cpu "
         f"--logs {tmp_path} --name run --log-every-n-steps 1 "
         f"--batch-size {32 // accum_freq} --accum-freq {accum_freq} --precision {precision} "
-        f"--epochs {epochs} --warmup 5 --lr 2e-3".split()
+        f"--epochs {epochs} --warmup 5 --lr 4e-3".split()
     )
 
     log = (tmp_path / "run" / "out.log").read_text()
@@ -711,46 +698,30 @@ def test_open_clips_program_trains(
     assert type(reloaded) is open_clip.CLIP
 
 
-PROGRAM = """
-import os
-import sys
-import open_clip
-import torch
-import open_clip_train.main as program
-from gcl_kernels.integrations import open_clip as gcl
+def train(config: str, arguments: str) -> None:
+    """The program in one of two processes."""
+    import open_clip_train.main as program
 
-# On a CPU, too, the program names devices, which DistributedDataParallel then refuses.
-parallel = torch.nn.parallel.DistributedDataParallel
-torch.nn.parallel.DistributedDataParallel = lambda model, device_ids: parallel(model)
-open_clip.add_model_config(sys.argv.pop(1))
-program.create_loss = gcl.create_loss
-program.create_model_and_transforms = gcl.create_model_and_transforms
-program.main(sys.argv[1:])
-os._exit(0)  # before Python takes itself apart under gloo's threads: see test_docs.py
-"""
+    # On a CPU, too, it names devices, which DistributedDataParallel then refuses.
+    parallel = torch.nn.parallel.DistributedDataParallel
+    torch.nn.parallel.DistributedDataParallel = lambda model, device_ids: parallel(model)
+    open_clip.add_model_config(config)
+    program.create_loss = gcl.create_loss
+    program.create_model_and_transforms = gcl.create_model_and_transforms
+    program.main(arguments.split())
 
 
 def test_open_clips_program_trains_in_two_processes(emoji_csv, tmp_path):
-    """Under torchrun, with a batch of 32 in two halves."""
+    """With a batch of 32 in two halves."""
     pytest.importorskip("open_clip_train.main")
-    config, script, epochs = tmp_path / "tiny-gcl.json", tmp_path / "train.py", 4
+    config, epochs = tmp_path / "tiny-gcl.json", 4
     config.write_text(json.dumps(TINY))
-    script.write_text(PROGRAM)
-    launch = f"-m torch.distributed.run --standalone --nproc-per-node 2 -- {script} {config}"
     arguments = (
         f"--model tiny-gcl --train-data {emoji_csv} --dataset-type csv --workers 0 --device cpu "
         f"--logs {tmp_path} --name run --log-every-n-steps 1 --batch-size 16 --precision fp32 "
         f"--epochs {epochs} --warmup 5 --lr 2e-3 --local-loss --gather-with-grad"
     )
-    folders = [str(Path(gcl.__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(":")]
-    done = subprocess.run(
-        [sys.executable, *launch.split(), *arguments.split()],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, folders))},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
+    run_as_of_torchrun(2, ["open_clip_train.main"], train, str(config), arguments)
     log = (tmp_path / "run" / "out.log").read_text()
     logged = [float(value) for value in re.findall(r"Contrastive_loss: ([\d.]+)", log)]
     assert len(logged) == epochs * 160 // 32

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract import WEIGHTS, random_views
+from calls import spec_of
+from contract import WEIGHTS, both_fused_roads, random_views
 from oracle import dense_neg_lse
 from torch import Tensor
 
 import gcl_kernels
 from gcl_kernels.operators import negatives
 from gcl_kernels.problem import SampleData
-from gcl_kernels.spec import ABSENT, NegativesSpec
-
-either_road = pytest.mark.parametrize("road", ["fused", "formed"], indirect=True)
+from gcl_kernels.spec import ABSENT
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), WEIGHTS, (0.0, 2.0), (0.0, 0.0)])
@@ -35,7 +34,7 @@ def test_equals_the_sum_given(float64_backend, device, tiling, weights):
         torch.testing.assert_close(a, b)
 
 
-@either_road
+@both_fused_roads
 def test_zero_fused_vector(backend, device, tiling, road):
     """It has logits 0, as the general road's zero vector, and nothing flows through it."""
     e_i, e_t = (v.float() for v in random_views(20, 8, device, road))
@@ -52,7 +51,7 @@ def test_zero_fused_vector(backend, device, tiling, road):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
 
 
-@either_road
+@both_fused_roads
 def test_short_fused_vector(float64_backend, device, tiling, road):
     """Below 1e-12 it is a zero vector, in the oracle's fusion too."""
     e_i, e_t = random_views(20, 8, device, road)
@@ -111,8 +110,12 @@ def test_any_combinations(float64_backend, device, tiling):
     candidates = tuple(tuple((a * b + a) % 3 != 1 for b in range(5)) for a in range(5))
     views = [v.requires_grad_() for v in random_views(21, 7, device, "fused")]
     s = torch.tensor(6.0, **kind, requires_grad=True)
-    bases = (None, 1, None, None, 1)
-    spec = NegativesSpec(candidates, ((0, 1),), bases, True, torch.float64, None, float64_backend)
+    spec = spec_of(
+        candidates=candidates,
+        mixed=(None, 1, None, None, 1),
+        compute_dtype=torch.float64,
+        backend=float64_backend,
+    )
     neg_lse, own_logits, _ = negatives(views, mixing, s, SampleData(), spec)
     made = [row[0] * views[0] + row[1] * views[1] for row in mixing]
     anchors = [a for a, row in enumerate(candidates) if any(row)]

@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import math
 import os
-import subprocess
 import sys
 import warnings
 
@@ -22,8 +21,9 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from datasets import Dataset
-from oracle import dense_loss
+from oracle import dense_gcl
 from PIL import Image
+from processes import run_as_of_torchrun
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -39,6 +39,7 @@ import gcl_kernels
 from gcl_kernels.integrations import sentence_transformers as adapter
 from gcl_kernels.integrations.sentence_transformers import GCLLoss
 
+PACKAGES = ("accelerate", "datasets", "sentence_transformers", "transformers")
 PAGE = ROOT / "docs/trainers.md"
 TOWER = {
     "hidden_size": 32,
@@ -127,9 +128,7 @@ def assert_same(got, expected, factor: float = 1.0, rtol: float = 1e-4) -> None:
 
 
 def dense(e, scale, **options) -> torch.Tensor:
-    """By definition, in float64; of two embeddings their sum is the third."""
-    e = [x.double() for x in e]
-    return dense_loss([*e, e[0] + e[1]] if len(e) == 2 else e, scale, **options)
+    return dense_gcl([x.double() for x in e], scale, **options)
 
 
 class Dense(torch.nn.Module):
@@ -677,8 +676,8 @@ def test_page_gradient_caching():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
-def run_in_two_processes(clip_folder: str, folder: str) -> None:
-    """By torchrun: each snippet on this process's half of the batch; what came of it, in a file."""
+def on_half_of_the_batch(clip_folder: str, folder: str) -> dict:
+    """What came of each snippet in one of two processes."""
     rank = int(os.environ["RANK"])
     trained = run_snippet(
         "transformers' `Trainer`",
@@ -708,37 +707,17 @@ def run_in_two_processes(clip_folder: str, folder: str) -> None:
         batches=list(zip(image.split(3), text.split(3), strict=True)),
         group="world",
     )
-    found = {
+    return {
         "trainer": {k: p.detach() for k, p in trained["model"].named_parameters()},
         "eval_loss": logged(trained["trainer"], "eval_loss"),
         "accelerate": {k: p.detach() for k, p in model.named_parameters()},
         "caching": {k: p.grad for k, p in caching.module.named_parameters()},
     }
-    torch.save(found, f"{folder}/{rank}.pt")
 
 
 def test_page_in_two_processes(clip_folder, tmp_path):
-    """Under torchrun, a batch in two halves trains the snippets' models as the whole does."""
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import os, sys, test_trainers\n"
-        "test_trainers.run_in_two_processes(*sys.argv[1:])\n"
-        "os._exit(0)  # before Python takes itself apart under gloo's threads: see test_docs.py\n"
-    )
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --"
-    done = subprocess.run(
-        [sys.executable, *launch.split(), str(script), clip_folder, str(tmp_path)],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python_tests")]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    """A batch in two halves trains the snippets' models as the whole does."""
+    found = run_as_of_torchrun(2, PACKAGES, on_half_of_the_batch, clip_folder, str(tmp_path))
     model = towers()
     gradient = dense_towers(model, *vectors(16))
     clip = transformers.CLIPModel.from_pretrained(clip_folder).train()
