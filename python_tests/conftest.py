@@ -18,7 +18,7 @@ __all__ = ["mended_interpreter"]  # a fixture of every test
 
 LONGEST = (
     "triton_compile", "cuda_build", "trainers", "compile", "cuda_host", "open_clip", "distributed",
-    "autograd", "demo",
+    "autograd", "retrieval", "demo",
 )  # fmt: skip
 
 
