@@ -372,8 +372,8 @@ def test_page_loop_of_ones_own(tiny_config, tmp_path):
     start = tiny_clip(seed=3)
     start.logit_scale.data.fill_(5.0)
     torch.save(start.state_dict(), tmp_path / "start.pt")
-    assert '"ViT-B-32", pretrained="openai"' in code and "lr=1e-5" in code
-    code = code.replace('"ViT-B-32", pretrained="openai"', "name, pretrained=start")
+    assert '"ViT-B-32-quickgelu", pretrained="openai"' in code and "lr=1e-5" in code
+    code = code.replace('"ViT-B-32-quickgelu", pretrained="openai"', "name, pretrained=start")
     names = {
         "gcl": gcl,
         "torch": torch,

@@ -29,6 +29,7 @@ from retrieval_trees import (
     write_covr,
     write_image,
 )
+from small_models import replace_released_eva, save_small_vista
 
 for package in ("PIL", "pyarrow", "pytrec_eval", "tqdm"):
     pytest.importorskip(package)
@@ -919,7 +920,8 @@ def test_joint_encoder():
     model.train()
     joint, added = JointEncoder(*functions), JointEncoder(*functions, fuse="sum")
     torch.testing.assert_close(joint(items)[2], 3 * image - text)
-    torch.testing.assert_close(added(items)[2], image + text)
+    unit = image / image.norm() + text / text.norm()  # VISTA's own functions normalise
+    torch.testing.assert_close(added(items)[2], unit)
     torch.testing.assert_close(
         joint(items)[[0, 1, 3]], encode([items[i] for i in (0, 1, 3)]).float()
     )
@@ -1078,6 +1080,8 @@ def page(tmp_path, monkeypatch, trees, tasks, tiny_clip, tiny_clip_model) -> str
     ):
         shutil.copytree(trees / kind, tmp_path / name)
     shutil.copytree(tiny_clip_model[0], tmp_path / "TinyCLIP")
+    save_small_vista(tmp_path / "VISTA")
+    replace_released_eva(monkeypatch)
     shutil.copy(tiny_clip[1], tmp_path / "clip_sf.pt")
     shutil.copy(tiny_clip[0], tmp_path / "ViT-B-32.json")
     (tmp_path / "my_model.py").write_text("from retrieval_trees import encode\n")
@@ -1094,7 +1098,7 @@ def page(tmp_path, monkeypatch, trees, tasks, tiny_clip, tiny_clip_model) -> str
 
 def test_the_pages_commands_run(page, capsys):
     lines = re.findall(r"^    python -m gcl_kernels.retrieval (.*)$", page, re.M)
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         command(*line.split(), "--quiet")
         assert "| data set" in capsys.readouterr().out

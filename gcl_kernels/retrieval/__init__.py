@@ -21,7 +21,12 @@ from gcl_kernels.retrieval.coco import load_coco
 from gcl_kernels.retrieval.covr import load_covr
 from gcl_kernels.retrieval.datasets import DataError, Items, RetrievalDataset
 from gcl_kernels.retrieval.encode import Encoder
-from gcl_kernels.retrieval.encoders import CLIPModelEncoder, JointEncoder, OpenCLIPEncoder
+from gcl_kernels.retrieval.encoders import (
+    CLIPModelEncoder,
+    JointEncoder,
+    OpenCLIPEncoder,
+    VISTAEncoder,
+)
 from gcl_kernels.retrieval.evaluation import Result, evaluate
 from gcl_kernels.retrieval.mbeir import load_mbeir, mbeir_names
 from gcl_kernels.retrieval.mmeb import load_mmeb, mmeb_subsets
@@ -37,6 +42,7 @@ __all__ = [
     "OpenCLIPEncoder",
     "Result",
     "RetrievalDataset",
+    "VISTAEncoder",
     "as_mteb_model",
     "as_mteb_task",
     "evaluate",

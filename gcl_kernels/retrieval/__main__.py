@@ -18,6 +18,14 @@ from gcl_kernels.retrieval.mbeir import Instructions, load_mbeir, mbeir_names
 from gcl_kernels.retrieval.mmeb import load_mmeb, mmeb_subsets
 from gcl_kernels.retrieval.report import report_tables, save_heat_map, save_json, save_runs
 
+FUSIONS = {
+    "encoder": (),
+    "open_clip": ("sum_raw", "sum_unit"),
+    "clip": ("sum_raw", "sum_unit"),
+    "vista": ("joint", "sum"),
+}
+"""By the option that names the model, its default first."""
+
 
 def parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
@@ -27,12 +35,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--encoder", metavar="MODULE:FUNCTION", help="any callable, see docs")
     one.add_argument("--open-clip", metavar="NAME", help="open_clip model, or path of its config")
     one.add_argument("--clip", metavar="DIR", help="transformers.CLIPModel and its processor")
+    one.add_argument("--vista", metavar="DIR", help="VISTA: its weights and its text model's files")
     model.add_argument("--weights", metavar="FILE", help="of --open-clip")
     model.add_argument(
         "--fuse",
-        choices=("sum_raw", "sum_unit"),
-        default="sum_raw",
-        help="image and text of --open-clip and --clip (default: sum_raw, CLIP-SF)",
+        choices=("sum_raw", "sum_unit", "joint", "sum"),
+        help="image and text: sum_raw (default, CLIP-SF) or sum_unit with --open-clip and --clip, "
+        "joint (default) or sum with --vista",
     )
     run = shared.add_argument_group("evaluation")
     run.add_argument("--k", type=int, nargs="+", default=[1, 5, 10, 20, 50])
@@ -97,6 +106,22 @@ def datasets(options: argparse.Namespace) -> list[RetrievalDataset]:
     return [load_coco(options.json, root, direction, skip) for direction in options.directions]
 
 
+def check_fuse(options: argparse.Namespace) -> None:
+    """Put the model's default where nothing was said.
+
+    Raises:
+        ValueError: a fusion that the model does not have.
+    """
+    model = next(name for name in FUSIONS if getattr(options, name))
+    choices = FUSIONS[model]
+    if options.fuse is None:
+        options.fuse = choices[0] if choices else None
+    elif options.fuse not in choices:
+        expected = " or ".join(choices) or "none"
+        option = model.replace("_", "-")
+        raise ValueError(f"--fuse: expected {expected} with --{option}, got {options.fuse}")
+
+
 def encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
     if options.encoder:
         return checkpoints.named_encoder(options.encoder)
@@ -104,11 +129,18 @@ def encoder(options: argparse.Namespace, device: torch.device) -> Encoder:
         return checkpoints.open_clip_encoder(
             options.open_clip, options.weights, options.fuse, device
         )
+    if options.vista:
+        return checkpoints.vista_encoder(options.vista, options.fuse, device)
     return checkpoints.clip_model_encoder(options.clip, options.fuse, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    top = parser()
+    options = top.parse_args(arguments)
+    try:
+        check_fuse(options)
+    except ValueError as error:
+        top.error(str(error))
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         chosen = datasets(options)

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import torch
 
+from gcl_kernels.retrieval.datasets import DataError
 from gcl_kernels.retrieval.encode import Encoder
-from gcl_kernels.retrieval.encoders import CLIPModelEncoder, Fuse, OpenCLIPEncoder
+from gcl_kernels.retrieval.encoders import (
+    CLIPModelEncoder,
+    Fuse,
+    JointFuse,
+    OpenCLIPEncoder,
+    VISTAEncoder,
+)
 
 
 def named_encoder(name: str) -> Encoder:
@@ -44,3 +51,18 @@ def clip_model_encoder(folder: str, fuse: Fuse, device: torch.device) -> Encoder
 
     model = CLIPModel.from_pretrained(folder).to(device)
     return CLIPModelEncoder(model, CLIPProcessor.from_pretrained(folder), fuse)
+
+
+def vista_encoder(folder: str, fuse: JointFuse, device: torch.device) -> Encoder:
+    """A folder that `VISTA.from_pretrained` reads, with the released image model.
+
+    Raises:
+        DataError: a folder that it does not take.
+    """
+    from gcl_kernels.integrations.vista import VISTA
+
+    try:
+        model = VISTA.from_pretrained(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(str(error)) from error
+    return VISTAEncoder(model.to(device), fuse=fuse)

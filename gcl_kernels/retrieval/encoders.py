@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Fuse = Literal["sum_raw", "sum_unit"]
+JointFuse = Literal["joint", "sum"]
 
 
 class JointEncoder:
@@ -26,8 +27,8 @@ class JointEncoder:
         encode_text: [n, D] of n texts.
         prepare: of a PIL image, by the workers that load it; None: images reach the model as PIL
             images.
-        fuse: "joint": pairs by `encode_mm`. "sum": image and text embedding added, as in VISTA's
-            own evaluation on M-BEIR.
+        fuse: "joint": pairs by `encode_mm`. "sum": the image's and the text's embedding, each of
+            unit length, added, as VISTA's own evaluation on M-BEIR does.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class JointEncoder:
         encode_image: Callable[[list[Any]], Tensor],
         encode_text: Callable[[list[str]], Tensor],
         prepare: Callable[[Any], Any] | None = None,
-        fuse: Literal["joint", "sum"] = "joint",
+        fuse: JointFuse = "joint",
     ) -> None:
         if fuse not in ("joint", "sum"):
             raise ValueError(f"fuse: expected 'joint' or 'sum', got {fuse!r}")
@@ -47,7 +48,8 @@ class JointEncoder:
         self.model = owner if isinstance(owner, nn.Module) else None
 
     def _added(self, images: list[Any], texts: list[str]) -> Tensor:
-        return self.encode_image(images) + self.encode_text(texts)
+        sides = (self.encode_image(images).float(), self.encode_text(texts).float())
+        return F.normalize(sides[0], dim=1) + F.normalize(sides[1], dim=1)
 
     @property
     def fingerprint(self) -> str:
@@ -86,40 +88,86 @@ class JointEncoder:
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
-class _TwoTowers(JointEncoder):
-    """A model of images and one of texts, whose embeddings are added where an item has both."""
+class _PixelEncoder(JointEncoder):
+    """A model whose images are tensors of pixels."""
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, prepare: Callable[[Any], Tensor], fuse: Fuse) -> None:
-        if fuse not in ("sum_raw", "sum_unit"):
-            raise ValueError(f"fuse: expected 'sum_raw' or 'sum_unit', got {fuse!r}")
-        super().__init__(self._sum, self._encode_image, self._encode_text, self._prepare)
+    def __init__(self, model: nn.Module, prepare: Callable[[Any], Tensor], fuse: JointFuse) -> None:
+        super().__init__(
+            self._encode_mm, self._encode_image, self._encode_text, self._prepare, fuse
+        )
         self.model = model
-        self.fuse = fuse
         self._prepare_image = prepare
 
     def _prepare(self, image: Any) -> Tensor:
         """[3, H, W] of a PIL image; what was prepared stays as it is."""
         return image if isinstance(image, Tensor) else self._prepare_image(image)
 
-    def _sum(self, images: list[Any], texts: list[str]) -> Tensor:
+    def _pixels(self, images: list[Any]) -> Tensor:
+        """[n, 3, H, W] as the model takes them."""
+        parameter = next(self.model.parameters())
+        pixels = torch.stack([self._prepare(image) for image in images])
+        return pixels.to(parameter.device, parameter.dtype)
+
+    def _encode_mm(self, images: list[Any], texts: list[str]) -> Tensor:
+        raise NotImplementedError
+
+    def _encode_image(self, images: list[Any]) -> Tensor:
+        raise NotImplementedError
+
+    def _encode_text(self, texts: list[str]) -> Tensor:
+        raise NotImplementedError
+
+
+class VISTAEncoder(_PixelEncoder):
+    """A VISTA.
+
+    Args:
+        model: `gcl_kernels.integrations.vista.VISTA` or its like, on its device.
+        preprocess: from a PIL image to [3, H, W]; default: the model's own.
+        fuse: as in `JointEncoder`.
+
+    Raises:
+        ValueError: no `preprocess`, where the model has none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Callable[[Any], Tensor] | None = None,
+        fuse: JointFuse = "joint",
+    ) -> None:
+        prepare = preprocess or getattr(model, "preprocess", None)
+        if prepare is None:
+            raise ValueError("preprocess: expected a transform, the model has none, got None")
+        super().__init__(model, prepare, fuse)
+
+    def _encode_mm(self, images: list[Any], texts: list[str]) -> Tensor:
+        return self.model.encode_mm(self._pixels(images), texts)
+
+    def _encode_image(self, images: list[Any]) -> Tensor:
+        return self.model.encode_image(self._pixels(images))
+
+    def _encode_text(self, texts: list[str]) -> Tensor:
+        return self.model.encode_text(texts)
+
+
+class _TwoTowers(_PixelEncoder):
+    """A model of images and one of texts, whose embeddings are added where an item has both."""
+
+    def __init__(self, model: nn.Module, prepare: Callable[[Any], Tensor], fuse: Fuse) -> None:
+        if fuse not in ("sum_raw", "sum_unit"):
+            raise ValueError(f"fuse: expected 'sum_raw' or 'sum_unit', got {fuse!r}")
+        super().__init__(model, prepare, "joint")
+        self.fuse = fuse
+
+    def _encode_mm(self, images: list[Any], texts: list[str]) -> Tensor:
         parts = [self._encode_image(images).float(), self._encode_text(texts).float()]
         if self.fuse == "sum_unit":
             parts = [F.normalize(part, dim=1) for part in parts]
         alpha, beta = getattr(self.model, "fusion_weights", (1.0, 1.0))
         return alpha * parts[0] + beta * parts[1]
-
-    def _encode_image(self, images: list[Any]) -> Tensor:
-        parameter = next(self.model.parameters())
-        pixels = torch.stack([self._prepare(image) for image in images])
-        return self._embed_pixels(pixels.to(parameter.device, parameter.dtype))
-
-    def _embed_pixels(self, pixels: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _encode_text(self, texts: list[str]) -> Tensor:
-        raise NotImplementedError
 
 
 class OpenCLIPEncoder(_TwoTowers):
@@ -145,8 +193,8 @@ class OpenCLIPEncoder(_TwoTowers):
         super().__init__(model, preprocess, fuse)
         self.tokenizer = tokenizer
 
-    def _embed_pixels(self, pixels: Tensor) -> Tensor:
-        return self.model.encode_image(pixels)
+    def _encode_image(self, images: list[Any]) -> Tensor:
+        return self.model.encode_image(self._pixels(images))
 
     def _encode_text(self, texts: list[str]) -> Tensor:
         ids = self.tokenizer(texts).to(next(self.model.parameters()).device)
@@ -172,8 +220,8 @@ class CLIPModelEncoder(_TwoTowers):
     def _process(self, image: Any) -> Tensor:
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
 
-    def _embed_pixels(self, pixels: Tensor) -> Tensor:
-        return _tensor(self.model.get_image_features(pixel_values=pixels))
+    def _encode_image(self, images: list[Any]) -> Tensor:
+        return _tensor(self.model.get_image_features(pixel_values=self._pixels(images)))
 
     def _encode_text(self, texts: list[str]) -> Tensor:
         longest = self.model.config.text_config.max_position_embeddings
