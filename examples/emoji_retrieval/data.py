@@ -1,9 +1,9 @@
-"""The data of the demo: concepts, drawings and split together, training batches, held-out views."""
+"""The data of the demo: concepts, drawings and split together, and training batches."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gcl_kernels.retrieval.text import tidy
+
 from .drawings import BACKGROUND, DEFAULT_CACHE, drawing_paths, load_drawings
 from .inventory import Concept, load_concepts
 from .split import Split, split_concepts
 
-Tokenizer = Callable[[list[str]], Tensor]
-
+STYLES = ("openmoji", "twemoji")
 TEXTS = ("name", "keywords")
 KEYWORD_KEPT = 0.7
-PIXEL_MEAN, PIXEL_STD = 0.6, 0.3
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,8 @@ def load_data(cache: Path = DEFAULT_CACHE) -> EmojiData:
 
 
 def full_text(concept: Concept, text: str) -> str:
-    """Return one of a concept's two texts as it is used for evaluation."""
-    return concept.name if text == "name" else " ".join(concept.keywords)
-
-
-def normalise_pixels(images: Tensor) -> Tensor:
-    """Centre and scale for the model."""
-    return (images - PIXEL_MEAN) / PIXEL_STD
-
-
-def held_out_view(
-    data: EmojiData, indices: np.ndarray, style: int, text: str, tokenizer: Tokenizer
-) -> tuple[Tensor, Tensor]:
-    """Return the images in one style and the tokens of one text, row by row the same concept."""
-    texts = [full_text(data.concepts[index], text) for index in indices]
-    return normalise_pixels(data.images[torch.from_numpy(indices), style]), tokenizer(texts)
+    """One of a concept's two texts as it is used for evaluation, in M-BEIR's form of a sentence."""
+    return tidy(concept.name if text == "name" else " ".join(concept.keywords))
 
 
 class TrainingBatches:
@@ -66,19 +53,17 @@ class TrainingBatches:
     wild has one picture and one caption.
     """
 
-    def __init__(
-        self, data: EmojiData, tokenizer: Tokenizer, batch_size: int, steps: int, seed: int
-    ) -> None:
+    def __init__(self, data: EmojiData, batch_size: int, steps: int, seed: int) -> None:
         groups = len(data.split.train)
         if not 2 <= batch_size <= groups:
             raise ValueError(f"expected a batch size from 2 to {groups} groups, got {batch_size}")
-        self.data, self.tokenizer = data, tokenizer
-        self.batch_size, self.steps, self.seed = batch_size, steps, seed
+        self.data, self.batch_size, self.steps, self.seed = data, batch_size, steps, seed
 
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Images ``(B, 3, 64, 64)`` in [0, 1], and as many texts."""
         choose = np.random.default_rng(self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         groups = self.data.split.train
@@ -93,17 +78,17 @@ class TrainingBatches:
             images = augment(
                 self.data.images[torch.from_numpy(chosen), torch.from_numpy(styles)], generator
             )
-            yield normalise_pixels(images), self.tokenizer(texts)
+            yield images, texts
 
 
 def random_text(concept: Concept, choose: np.random.Generator) -> str:
     """Return the name, or as often some of the keywords in a random order."""
     if choose.random() < 0.5:
-        return concept.name
+        return tidy(concept.name)
     kept = [word for word in concept.keywords if choose.random() < KEYWORD_KEPT]
     kept = kept or list(concept.keywords[:1])
     choose.shuffle(kept)
-    return " ".join(kept)
+    return tidy(" ".join(kept))
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

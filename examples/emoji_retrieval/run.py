@@ -6,41 +6,47 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from gcl_kernels.retrieval import RetrievalDataset
+
 from . import figures, report
-from .baselines import baseline_recalls
+from .baselines import baseline_hits
 from .data import EmojiData, load_data
 from .drawings import DEFAULT_CACHE
-from .evaluate import Embeddings, embed_all_views, embed_raw, evaluate, modalities, paired_sides
-from .model import create_model, create_tokenizer
-from .train import LOSSES, History, TrainConfig, loss_share, train
+from .evaluate import Embeddings, load_tasks, nine_tasks, paired_sides
+from .export import export
+from .systems import SYSTEMS, System
+from .train import LOSSES, History, begin, loss_share, train
 
-FULL_STEPS, FULL_SEEDS = 400, (0, 1, 2)
-QUICK_STEPS, QUICK_SEEDS = 120, (0,)
-# The best of the search on validation concepts (tune.py, docs/demo.md), for either loss.
-LEARNING_RATE = 2e-3
-# Whose time is reported: the loss, and whether it fuses (score fusion) or is given fused_features.
-TIMED = {
-    "CL": ("CL", False),
-    "GCL, score fusion": ("GCL", True),
-    "GCL, fused_features given": ("GCL", False),
-}
+FULL_SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
+QUICK_SHARE = 0.3
+"""Of a system's steps."""
 
 
 @dataclass(frozen=True)
 class Options:
     """The command line."""
 
+    systems: dict[str, System]
     seeds: Sequence[int]
-    train: dict[str, TrainConfig]
     device: str
     out: Path
     cache: Path
+
+
+@dataclass(frozen=True)
+class Held:
+    """Held-out concepts and their retrieval tasks."""
+
+    data: EmojiData
+    validation: list[RetrievalDataset]
+    test: list[RetrievalDataset]
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -51,34 +57,32 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--systems", nargs="+", choices=[*SYSTEMS, "all"], default=["clip_sf"])
     add("--quick", action="store_true", help="one seed and fewer steps, unless given otherwise")
     add("--seeds", type=int, nargs="+", help=f"default {FULL_SEEDS}, quick {QUICK_SEEDS}")
-    add("--steps", type=int, help=f"steps of a run; default {FULL_STEPS}, quick {QUICK_STEPS}")
-    add("--batch-size", type=int, default=128, help="pairs in a batch")
-    add("--learning-rate", type=float, help=f"peak, for both losses; default {LEARNING_RATE}")
-    add("--temperature", type=float, default=0.07, help="initial temperature")
-    add("--fixed-temperature", action="store_true", help="do not train the temperature")
+    add("--steps", type=int, help="steps of a run; default: the system's, with --quick fewer")
+    add("--batch-size", type=int, help="pairs in a batch; default: the system's")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--out", type=Path, default=Path("runs/emoji_retrieval"), help="folder of the results")
     add("--cache", type=Path, default=DEFAULT_CACHE, help="folder of the drawings")
     given = parser.parse_args(arguments)
-    if given.steps is not None and given.steps < 1:
-        parser.error(f"--steps must be at least 1, got {given.steps}")
-    if given.temperature <= 0:
-        parser.error(f"--temperature must be positive, got {given.temperature}")
+    for name, value in (("--steps", given.steps), ("--batch-size", given.batch_size)):
+        if value is not None and value < 1:
+            parser.error(f"{name} must be at least 1, got {value}")
+    names = list(SYSTEMS) if "all" in given.systems else given.systems
+
+    def changed(system: System) -> System:
+        steps = given.steps or int(QUICK_SHARE * system.steps if given.quick else system.steps)
+        return replace(
+            system,
+            steps=steps,
+            alignment_steps=system.alignment_steps * steps // system.steps,
+            batch_size=given.batch_size or system.batch_size,
+        )
+
     return Options(
+        systems={name: changed(SYSTEMS[name]) for name in names},
         seeds=given.seeds or (QUICK_SEEDS if given.quick else FULL_SEEDS),
-        train={
-            loss: TrainConfig(
-                steps=given.steps or (QUICK_STEPS if given.quick else FULL_STEPS),
-                batch_size=given.batch_size,
-                learning_rate=given.learning_rate or LEARNING_RATE,
-                temperature=given.temperature,
-                learn_temperature=not given.fixed_temperature,
-                device=given.device,
-            )
-            for loss in LOSSES
-        },
         device=given.device,
         out=given.out,
         cache=given.cache,
@@ -97,79 +101,105 @@ def describe(data: EmojiData) -> dict[str, int]:
     }
 
 
-def run(options: Options) -> dict:
-    """Run everything, write the results and return what ``results.json`` holds."""
-    started = time.perf_counter()
-    options.out.mkdir(parents=True, exist_ok=True)
-    data, tokenizer = load_data(options.cache), create_tokenizer()
-    counts = describe(data)
-    print(", ".join(f"{number} {name}" for name, number in counts.items()), flush=True)
-    baselines = baseline_recalls(data, data.split.test)
-    prepared = time.perf_counter()
+def prepare(data: EmojiData, root: Path) -> Held:
+    """Write the held-out concepts as trees under `root`, and read their tasks."""
+    for part, indices in (("val", data.split.val), ("test", data.split.test)):
+        export(data, indices, root / part)
+    return Held(data, load_tasks(root / "val", ["union"]), load_tasks(root / "test"))
 
-    tested: dict[str, list[dict[str, np.ndarray]]] = {loss: [] for loss in LOSSES}
-    unit_fusion: dict[str, list[dict[str, np.ndarray]]] = {loss: [] for loss in LOSSES}
+
+def stacked(runs: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Seeds first."""
+    return {name: np.stack([one[name] for one in runs]) for name in runs[0]}
+
+
+def run_system(
+    system: System, options: Options, held: Held, out: Path
+) -> tuple[report.Hits, dict[str, Any]]:
+    """Every run of a system; figures, tables and models go to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    data, first = held.data, options.seeds[0]
+    tested: dict[str, list[dict[str, np.ndarray]]] = {model: [] for model in report.MODELS}
+    other_fusion: dict[str, list[dict[str, np.ndarray]]] = {loss: [] for loss in LOSSES}
     histories: dict[str, list[History]] = {loss: [] for loss in LOSSES}
     sides: dict[str, list[tuple[Embeddings, Embeddings]]] = {}
+    usual, other = system.fusions
     for seed in options.seeds:
+        start = begin(system, seed, data, options.device)
+        tested["before"].append(nine_tasks(start.encoder(usual), held.test))
+        if seed == first:
+            sides["before"] = paired_sides(start.encoder(usual), data, data.split.test)
         for loss in LOSSES:
-            model, history = train(loss, seed, options.train[loss], data, tokenizer)
+            model, history = train(system, loss, seed, start, data, held.validation)
             histories[loss].append(history)
-            test = data.split.test
-            tested[loss].append(evaluate(model, data, test, tokenizer))
-            unit_fusion[loss].append(evaluate(model, data, test, tokenizer, unit_fusion=True))
-            if seed == options.seeds[0]:
-                sides[loss] = paired_sides(embed_all_views(model, data, test, tokenizer))
-    trained = time.perf_counter()
+            encoder = model.encoder(usual)
+            tested[loss].append(nine_tasks(encoder, held.test))
+            if seed == first:
+                other_fusion[loss].append(nine_tasks(model.encoder(other), held.test))
+                sides[loss] = paired_sides(encoder, data, data.split.test)
+    seconds = time.perf_counter() - started
 
-    recalls, unit_recalls = (
-        {
-            loss: {name: np.stack([one[name] for one in runs]) for name in runs[0]}
-            for loss, runs in results_of.items()
-        }
-        for results_of in (tested, unit_fusion)
-    )
-    temperature = options.train[LOSSES[0]].temperature
-    start = create_model(options.seeds[0], temperature).to(options.device)
-    before = modalities(*embed_raw(start, data, data.split.test, 0, "name", tokenizer))
-    panels = {"before training": before, **{f"after {loss}": sides[loss][0][0] for loss in LOSSES}}
-    figures.heat_maps(recalls, options.out / "demo_heatmaps.png")
-    figures.pca(panels, options.out / "demo_pca.png")
-    figures.similarity_histograms(sides, options.out / "demo_similarity.png")
-    figures.training_curves(histories, options.out / "demo_curves.png")
-
-    tables = report.all_tables(recalls, unit_recalls, baselines)
-    (options.out / "tables.md").write_text(tables, encoding="utf-8")
-    print(f"\n{tables}")
-    shares = {
-        name: loss_share(loss, fuse_in_loss, options.train[loss], data, tokenizer)
-        for name, (loss, fuse_in_loss) in TIMED.items()
+    hits = {model: stacked(runs) for model, runs in tested.items()}
+    other_hits = {loss: stacked(runs) for loss, runs in other_fusion.items()}
+    panels = {
+        "before training": sides["before"][0][0],
+        **{f"after {loss}": sides[loss][0][0] for loss in LOSSES},
     }
-    for name, share in shares.items():
+    figures.heat_maps(system.title, hits, out / "heatmaps.png")
+    figures.pca(panels, out / "pca.png")
+    figures.similarity_histograms({loss: sides[loss] for loss in LOSSES}, out / "similarity.png")
+    figures.training_curves(histories, out / "curves.png")
+    baselines = baseline_hits(data, data.split.test, held.test)
+    (out / "tables.md").write_text(report.all_tables(hits, other_hits, baselines), encoding="utf-8")
+    shares = {loss: loss_share(system, loss, start, data) for loss in LOSSES}
+    for loss, share in shares.items():
         print(
-            f"{name}: {1e3 * share['loss_seconds']:.1f} ms of a step's "
+            f"{loss}: {1e3 * share['loss_seconds']:.1f} ms of a step's "
             f"{1e3 * share['step_seconds']:.0f} ms ({share['share']:.1%}) is the loss"
         )
-    total = time.perf_counter() - started
-    results = {
-        "config": {loss: asdict(config) for loss, config in options.train.items()},
-        "seeds": list(options.seeds),
-        "versions": report.versions(options.device),
-        "data": counts,
-        "recall": report.recall_summary(recalls),
-        "recall with fusion of unit embeddings": report.recall_summary(unit_recalls),
+    return hits, {
+        "steps": system.steps,
+        "batch size": system.batch_size,
+        "initial temperature": system.temperature,
+        "learning rates": dict(system.rates),
+        "fusion": {"usual": usual, "other": other},
+        "hits": report.hit_summary(hits),
+        "hits with the other fusion": report.hit_summary(other_hits),
         "baselines": {name: values.round(3).tolist() for name, values in baselines.items()},
         "modality gap": {name: figures.modality_gap(panel) for name, panel in panels.items()},
         "histories": {loss: [asdict(one) for one in runs] for loss, runs in histories.items()},
         "loss share of a step": shares,
-        "seconds": {
-            "data": prepared - started,
-            "training and evaluation": trained - prepared,
-            "total": total,
-        },
+        "seconds": seconds,
     }
-    (options.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    print(f"total {total:.0f} s; tables and figures in {options.out}")
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Run everything, write the results and return what ``results.json`` holds."""
+    started = time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = load_data(options.cache)
+    counts = describe(data)
+    print(", ".join(f"{number} {name}" for name, number in counts.items()), flush=True)
+    held = prepare(data, options.out / "trees")
+    results: dict[str, Any] = {
+        "seeds": list(options.seeds),
+        "versions": report.versions(options.device),
+        "data": counts,
+        "systems": {},
+    }
+    hits: dict[str, report.Hits] = {}
+    for name, system in options.systems.items():
+        hits[system.title], results["systems"][name] = run_system(
+            system, options, held, options.out / name
+        )
+        # After every system: an interrupted run keeps what it has.
+        results["seconds"] = time.perf_counter() - started
+        text = json.dumps(results, indent=1)
+        (options.out / "results.json").write_text(text, encoding="utf-8")
+        table = report.systems_table(hits)
+        (options.out / "systems.md").write_text(f"{table}\n", encoding="utf-8")
+    print(f"\n{table}\ntotal {results['seconds']:.0f} s; tables and figures in {options.out}")
     return results
 
 

@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import gcl_kernels
-from gcl_kernels.integrations.open_clip import FusedCLIP, GCLLoss
+from gcl_kernels.retrieval import RetrievalDataset
 
-from .data import EmojiData, Tokenizer, TrainingBatches
-from .evaluate import CUTOFFS, evaluate
-from .model import create_model
+from .data import EmojiData, TrainingBatches
+from .evaluate import CUTOFFS, nine_tasks
+from .systems import Model, System
 
 LOSSES = ("CL", "GCL")
-WARMUP_STEPS = 50
+WARMUP_SHARE = 1 / 8
+ALIGNMENT_SEED = 10_000
+"""Added to a seed: other batches than those of the training."""
 WEIGHT_DECAY = 0.1
-MAX_LOGIT_SCALE = 100.0
+VALIDATIONS = 3
+TIMED_STEPS = 10
 VALIDATION_CUTOFF = CUTOFFS.index(5)
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The settings of a run; all but the learning rate are the same for both losses."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    temperature: float
-    learn_temperature: bool
-    device: str
-    validations: int = 10
 
 
 @dataclass
 class History:
     """Curves of one run, and what it cost.
 
-    ``validation`` is the mean Recall@5 of the nine tasks in the global pool, on the validation
-    concepts.
+    ``validation`` is the mean hit@5 of the nine tasks in the union pool, on validation concepts.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -54,20 +44,21 @@ class History:
     seconds: float = math.nan
 
 
-def contrastive_loss(name: str) -> Callable[[dict[str, Tensor]], Tensor]:
-    """Return a function from the model's output to the loss."""
+def contrastive_loss(name: str, out: dict[str, Tensor]) -> Tensor:
+    """The loss of what a system returns: ``"CL"``, CLIP's, or ``"GCL"``.
+
+    A system with two towers gives no fused embeddings: score fusion makes them in the loss.
+    """
+    e_i, e_t, scale = out["image_features"], out["text_features"], out["logit_scale"]
     if name == "CL":
-        return lambda out: gcl_kernels.clip_loss(
-            out["image_features"], out["text_features"], out["logit_scale"]
-        )
+        return gcl_kernels.clip_loss(e_i, e_t, scale)
     if name == "GCL":
-        generalized = GCLLoss()
-        return lambda out: generalized(**out)
+        return gcl_kernels.gcl_loss(e_i, e_t, out.get("fused_features"), scale)
     raise ValueError(f"expected one of {LOSSES}, got {name!r}")
 
 
-def create_optimizer(model: FusedCLIP, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW with CLIP's settings: no weight decay on biases, gains and ``logit_scale``."""
+def create_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW with CLIP's settings: no weight decay on biases, gains and the temperature."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
@@ -78,82 +69,90 @@ def create_optimizer(model: FusedCLIP, learning_rate: float) -> torch.optim.Opti
 
 def learning_rate_factor(step: int, steps: int) -> float:
     """Linear warm-up, then half a cosine down to zero."""
-    warmup = min(1.0, (step + 1) / min(WARMUP_STEPS, steps))
+    warmup = min(1.0, (step + 1) / max(1, WARMUP_SHARE * steps))
     return warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def begin(system: System, seed: int, data: EmojiData, device: str) -> Model:
+    """What training starts from, the same for the same seed."""
+    torch.manual_seed(seed)
+    model = system.create(system.temperature).to(device)
+    if system.alignment_steps:
+        steps = system.alignment_steps
+        model.align(TrainingBatches(data, system.batch_size, steps, ALIGNMENT_SEED + seed), steps)
+    return model
+
+
 def train(
-    loss_name: str, seed: int, config: TrainConfig, data: EmojiData, tokenizer: Tokenizer
-) -> tuple[FusedCLIP, History]:
-    """Train from the seed's start on the seed's batches and return the model in eval mode."""
-    fuse_in_loss = loss_name == "GCL"  # by score fusion: the same numbers for 4/9 of the work
-    model = create_model(seed, config.temperature, config.learn_temperature, fuse_in_loss)
-    model.to(config.device)
-    compute_loss = contrastive_loss(loss_name)
-    optimizer = create_optimizer(model, config.learning_rate)
+    system: System,
+    loss_name: str,
+    seed: int,
+    start: Model,
+    data: EmojiData,
+    validation: Sequence[RetrievalDataset],
+) -> tuple[Model, History]:
+    """Train a copy of the start on the seed's batches and return it in eval mode.
+
+    Parameters
+    ----------
+    validation
+        Tasks of the union pool, or none.
+    """
+    model = copy.deepcopy(start)
+    device = next(model.parameters()).device
+    optimizer = create_optimizer(model, system.rates[loss_name])
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, config.steps)
+        optimizer, lambda step: learning_rate_factor(step, system.steps)
     )
-    batches = TrainingBatches(data, tokenizer, config.batch_size, config.steps, seed)
-    validate_every = max(1, config.steps // config.validations)
+    batches = TrainingBatches(data, system.batch_size, system.steps, seed)
+    validate_every = max(1, system.steps // VALIDATIONS)
     history = History()
     model.train()
     started = time.perf_counter()
-    with tqdm(batches, desc=f"{loss_name:>3}, seed {seed}", unit="step") as progress:
-        for step, (images, tokens) in enumerate(progress, start=1):
-            loss = compute_loss(model(images.to(config.device), tokens.to(config.device)))
+    with tqdm(batches, desc=f"{system.title}, {loss_name}, seed {seed}", unit="step") as progress:
+        for step, (images, texts) in enumerate(progress, start=1):
+            out = model(images.to(device), texts)
+            loss = contrastive_loss(loss_name, out)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
+            model.clamp_temperature()
             history.loss.append(loss.item())
-            if step % validate_every == 0 or step == config.steps:
-                recalls = evaluate(model, data, data.split.val, tokenizer)["global"]
+            if validation and (step % validate_every == 0 or step == system.steps):
+                hits = nine_tasks(model.encoder(system.fusions[0]), validation)["union"]
                 history.validation_step.append(step)
-                history.validation.append(float(recalls[..., VALIDATION_CUTOFF].mean()))
+                history.validation.append(float(hits[..., VALIDATION_CUTOFF].mean()))
             progress.set_postfix(
                 loss=f"{loss.item():.3f}",
                 val=f"{history.validation[-1]:.1f}" if history.validation else "-",
             )
     history.seconds = time.perf_counter() - started
-    history.temperature = 1 / model.logit_scale.exp().item()
+    history.temperature = 1 / out["logit_scale"].item()
     return model.eval(), history
 
 
-def loss_share(
-    loss_name: str,
-    fuse_in_loss: bool,
-    config: TrainConfig,
-    data: EmojiData,
-    tokenizer: Tokenizer,
-    repeats: int = 10,
-) -> dict[str, float]:
-    """Time the loss, forward and backward, beside a whole training step: medians in seconds.
-
-    Where the model fuses, its sum and its normalisation count as the step's, not as the loss's.
-    """
-    model = create_model(0, config.temperature, fuse_in_loss=fuse_in_loss)
-    model.to(config.device).train()
-    optimizer = create_optimizer(model, config.learning_rate)
-    compute_loss = contrastive_loss(loss_name)
+def loss_share(system: System, loss_name: str, start: Model, data: EmojiData) -> dict[str, float]:
+    """Time the loss, forward and backward, beside a whole training step: medians in seconds."""
+    model = copy.deepcopy(start).train()
+    device = next(model.parameters()).device
+    optimizer = create_optimizer(model, system.rates[loss_name])
 
     def clock() -> float:
-        if torch.device(config.device).type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     step_times, loss_times = [], []
     start = clock()
-    for images, tokens in TrainingBatches(data, tokenizer, config.batch_size, repeats + 1, 0):
-        out = model(images.to(config.device), tokens.to(config.device))
+    for images, texts in TrainingBatches(data, system.batch_size, TIMED_STEPS + 1, 0):
+        out = model(images.to(device), texts)
         # On leaves, so that backward stops at the features and times the loss alone.
         leaves = {key: value.detach().requires_grad_() for key, value in out.items()}
         loss_start = clock()
-        compute_loss(leaves).backward()
+        contrastive_loss(loss_name, leaves).backward()
         loss_end = clock()
-        features = [key for key in out if leaves[key].grad is not None]
+        features = [key for key in out if leaves[key].grad is not None and out[key].requires_grad]
         optimizer.zero_grad()
         torch.autograd.backward([out[k] for k in features], [leaves[k].grad for k in features])
         optimizer.step()
