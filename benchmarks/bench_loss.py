@@ -1,79 +1,94 @@
 """Forward and backward of the losses beside what could be used instead: ``make bench``.
 
-Peers of one size run in turn, and the turns repeat: a drift of the machine hits all of them. The
-plain matrix product that gives the floor runs in every turn too. ``table.py`` prints the result.
+Peers of one size run in turn, and the turns repeat, each beginning with another peer: a drift of
+the machine hits all of them. The plain matrix product that gives the floor runs in every turn too.
+``table.py`` prints the result.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from benchmarks.peers import peers, training_step
+from benchmarks.peers import JAX, OURS, SUM_GIVEN, TILED, peers, training_step
 
 TURNS = 5
 SIZES = [
-    ("gcl", 32, 512),
-    ("gcl", 64, 512),
-    ("gcl", 128, 512),
-    ("gcl", 256, 768),
-    ("gcl", 1024, 768),
-    ("gcl", 2048, 768),
-    ("fused", 128, 512),
-    ("fused", 2048, 768),
-    ("clip", 32, 512),
-    ("clip", 64, 512),
-    ("clip", 128, 512),
-    ("clip", 256, 512),
-    ("clip", 1024, 512),
-    ("clip", 4096, 512),
-]
-TILED = "backend tiled"
-"""Ours without the CPU's extension: what a machine without a compiler has."""
+    *((task, n, 512, "float32") for task in ("gcl", "fused", "clip", "nt_xent")
+      for n in (32, 64, 128, 256, 1024)),
+    *((task, 2048, 768, "float32") for task in ("gcl", "fused")),
+    *((task, 4096, 512, "float32") for task in ("gcl", "fused", "clip", "nt_xent")),
+    ("gcl", 1536, 768, "bfloat16"),
+    ("clip", 1024, 512, "bfloat16"),
+]  # fmt: skip
 
+FLOOR = "matrix product"
 PEERS = [
-    "matrix product",
+    FLOOR,
     "dense eager",
     "dense torch.compile",
+    "tuned eager",
+    "tuned torch.compile",
+    "own gradient eager",
+    "own gradient torch.compile",
+    "chunks, gradient in forward",
     "chunked checkpoint",
     "open_clip ClipLoss",
-    "sum given",
+    "ClipLoss torch.compile",
+    "linear_cross_entropy",
+    "SupConLoss",
+    "lightly NTXentLoss",
+    JAX,
+    SUM_GIVEN,
     TILED,
-    "gcl_kernels",
+    OURS,
 ]
 FLOOR_SIZE = 4096
+SMALL = ("SupConLoss", "lightly NTXentLoss")
+"""Peers that hold the matrix, or indices of it, a dozen times: up to N = 1024."""
 
 
 @cache
 def functions(task: str):
-    return {**peers(task), TILED: peers(task, "tiled")["gcl_kernels"]}
+    return {**peers(task), TILED: peers(task, "tiled")[OURS]}
 
 
 @cache
-def prepared(task: str, n: int, d: int, peer: str):
-    if peer == "matrix product":
-        a = torch.randn(FLOOR_SIZE, FLOOR_SIZE)
+def prepared(task: str, n: int, d: int, dtype: str, peer: str):
+    precision = getattr(torch, dtype)
+    if peer == FLOOR:
+        a = torch.randn(FLOOR_SIZE, FLOOR_SIZE).to(precision)
         return lambda: a @ a
-    step = training_step(functions(task)[peer], task, n, d)
+    if peer == JAX:
+        from benchmarks.jax_peer import jax_step
+
+        step = jax_step(task, n, d)
+    else:
+        step = training_step(functions(task)[peer], task, n, d, precision)
     step()
     return step
 
 
-def exists(task: str, peer: str) -> bool:
-    return peer == "matrix product" or peer in functions(task)
+def exists(task: str, n: int, dtype: str, peer: str) -> bool:
+    if peer == FLOOR:  # it counts where products dominate
+        return n >= 1024
+    if peer == JAX:
+        return find_spec("jax") is not None and dtype == "float32"
+    return peer in functions(task) and (n <= 1024 or peer not in SMALL)
 
 
-@pytest.mark.parametrize("peer", PEERS)
-@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}-{s[1]}x{s[2]}")
+@pytest.mark.parametrize("place", range(len(PEERS)))
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}-{s[1]}x{s[2]}-{s[3]}")
 @pytest.mark.parametrize("turn", range(TURNS))
-def test_forward_and_backward(benchmark, peer, size, turn):
-    task, n, d = size
-    if not exists(task, peer):
+def test_forward_and_backward(benchmark, place, size, turn):
+    task, n, d, dtype = size
+    peer = PEERS[(place + turn * len(PEERS) // TURNS) % len(PEERS)]
+    if not exists(task, n, dtype, peer):
         pytest.skip(f"no {peer} for {task}")
-    if peer == "matrix product" and n < 1024:
-        pytest.skip("the floor counts where products dominate")
-    rounds = 40 if n <= 256 else 5 if n <= 1024 else 2
-    benchmark.extra_info.update(task=task, n=n, d=d, peer=peer, turn=turn)
-    benchmark.pedantic(prepared(task, n, d, peer), rounds=rounds, warmup_rounds=1)
+    rounds = 40 if n <= 256 else 5 if n <= 1024 else 1
+    benchmark.extra_info.update(task=task, n=n, d=d, dtype=dtype, peer=peer, turn=turn)
+    step = prepared(task, n, d, dtype, peer)
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=int(n <= 1024))

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 import gcl_kernels
-from benchmarks.peers import chunked_gcl, dense_clip, dense_gcl, on_sum
+from benchmarks.peers import checkpointed, dense, dense_clip, on_sum
 from benchmarks.record import RESULTS, environment
 from gcl_kernels.backends.base import Backend
 from gcl_kernels.dispatch import BACKENDS
@@ -109,9 +109,9 @@ def _fused(e_i: Tensor, e_t: Tensor, scale: Tensor, *, backend: str) -> Tensor:
 
 
 TASKS = {
-    "gcl": Task(3, 3, 36, gcl_kernels.gcl_loss, dense_gcl, chunked_gcl),
+    "gcl": Task(3, 3, 36, gcl_kernels.gcl_loss, dense, checkpointed),
     "clip": Task(2, 1, 8, gcl_kernels.clip_loss, dense_clip),
-    "fused": Task(2, 3, 16, _fused, on_sum(dense_gcl), on_sum(chunked_gcl)),
+    "fused": Task(2, 3, 16, _fused, on_sum(dense), on_sum(checkpointed)),
 }
 
 
@@ -413,7 +413,7 @@ def training(report: Report) -> list[dict[str, Any]]:
             times += timed([step], report.device)
         return {"losses": [loss.item() for loss in losses], "step_ms": 1e3 * median(times)}
 
-    rows = [{"backend": "dense float32", **attempt(run, dense_gcl, False)}]
+    rows = [{"backend": "dense float32", **attempt(run, dense, False)}]
     for backend in backend_names(report.device):
         if report.allows("training", backend, 10):
             found = attempt(run, ours(TASKS["gcl"], backend), True)

@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 
-from benchmarks.peers import chunked_gcl, dense_gcl, ours, training_step
+from benchmarks.peers import checkpointed, dense, ours, training_step
 
 CASES = [
     ("gcl_kernels", 2048, 512),
@@ -27,8 +27,8 @@ def _measure(peer: str, n: int, d: int) -> float:
 
     function = {
         "gcl_kernels": ours(gcl_kernels.gcl_loss, "auto"),
-        "dense eager": dense_gcl,
-        "chunked checkpoint": chunked_gcl,
+        "dense eager": dense,
+        "chunked checkpoint": checkpointed,
     }[peer]
     # Loads code and thread pools that a first call would be charged with.
     training_step(function, "gcl", 700, d)()

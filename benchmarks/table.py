@@ -1,9 +1,9 @@
-"""The table of ``make bench``: medians over turns of ratios taken within a turn.
+"""The tables of ``make bench``: medians over turns of ratios taken within a turn.
 
     python -m benchmarks.table BENCHMARK.json [--record benchmarks/results/cpu.json]
 
-reads what ``pytest --benchmark-json`` wrote for ``bench_loss.py``, measures memory, prints both,
-and with ``--record`` keeps them with machine, versions and commit.
+reads what ``pytest --benchmark-json`` wrote for ``bench_loss.py``, measures memory and errors,
+prints all, and with ``--record`` keeps them with machine, versions and commit.
 """
 
 from __future__ import annotations
@@ -11,33 +11,45 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-from benchmarks.bench_loss import FLOOR_SIZE, PEERS
+import torch
+
+from benchmarks.bench_loss import FLOOR, FLOOR_SIZE, PEERS
 from benchmarks.memory import measure_all
-from benchmarks.peers import product_flops
+from benchmarks.peers import JAX, NUM_VIEWS, OURS, OWN, errors, peers, product_flops
 from benchmarks.record import caption, environment
 
-OURS, FLOOR = "gcl_kernels", "matrix product"
-
-NAMES = {"gcl": "`gcl_loss`", "fused": "`gcl_loss`, fused by addition", "clip": "`clip_loss`"}
+NAMES = {
+    "gcl": "`gcl_loss`",
+    "fused": "`gcl_loss`, fused by addition",
+    "clip": "`clip_loss`",
+    "nt_xent": "`nt_xent_loss`",
+}
 
 
 def rows_of(benchmarks: list[dict]) -> list[dict]:
-    """One row a size: our milliseconds, the peers' times over ours, and the efficiency."""
+    """One row a size: our milliseconds, the peers' times over ours, the best of them that are not
+    ours, and the efficiency."""
     times: dict = defaultdict(lambda: defaultdict(dict))
     for entry in benchmarks:
         info = entry["extra_info"]
-        size = (info["task"], info["n"], info["d"])
+        size = tuple(info[key] for key in ("task", "n", "d", "dtype"))
         times[size][info["turn"]][info["peer"]] = entry["stats"]["median"]
     rows = []
-    for (task, n, d), turns in times.items():
-        row: dict = {"task": task, "n": n, "d": d, "turns": len(turns)}
+    for (task, n, d, dtype), turns in times.items():
+        row: dict = {"task": task, "n": n, "d": d, "dtype": dtype, "turns": len(turns)}
         row["milliseconds"] = 1e3 * median(turn[OURS] for turn in turns.values())
-        for peer in next(iter(turns.values())):
-            if peer not in (OURS, FLOOR):
-                row[peer] = median(turn[peer] / turn[OURS] for turn in turns.values())
+        row["times"] = {
+            peer: median(turn[peer] / turn[OURS] for turn in turns.values())
+            for peer in PEERS
+            if peer in turns[0] and peer not in (OURS, FLOOR)
+        }
+        others = {peer: time for peer, time in row["times"].items() if peer not in OWN}
+        row["best"] = min(others, key=lambda peer: others[peer])
         if FLOOR in turns[0]:
             flops_per_second = [2 * FLOOR_SIZE**3 / turn[FLOOR] for turn in turns.values()]
             floors = [product_flops(task, n, d) / rate for rate in flops_per_second]
@@ -48,25 +60,97 @@ def rows_of(benchmarks: list[dict]) -> list[dict]:
     return rows
 
 
-def markdown(rows: list[dict], memory: list[dict]) -> str:
-    """Both tables as Markdown."""
-    peers = [peer for peer in PEERS if peer not in (OURS, FLOOR)]
-    lines = [
-        "| loss | N | D | ours, ms | " + " | ".join(peers) + " | efficiency |",
-        "|---|---|---|---|" + "---|" * (len(peers) + 1),
+def error_rows() -> list[dict]:
+    """Of every peer and task: see `peers.errors`, for random embeddings and converged ones."""
+    rows = []
+    for task in NUM_VIEWS:
+        functions = peers(task)
+        if find_spec("jax") is not None:
+            from benchmarks.jax_peer import jax_loss
+
+            functions[JAX] = jax_loss(task)
+        for name, function in functions.items():
+            for dtype in ("float32", "bfloat16"):
+                if name == JAX and dtype != "float32":
+                    continue
+                found = {
+                    kind: errors(function, task, kind == "converged", getattr(torch, dtype))
+                    for kind in ("random", "converged")
+                }
+                rows.append({"task": task, "dtype": dtype, "peer": name, **found})
+    return rows
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _size(row: dict) -> list[str]:
+    dtype = "" if row["dtype"] == "float32" else f", {row['dtype']}"
+    return [NAMES[row["task"]] + dtype, str(row["n"]), str(row["d"])]
+
+
+def speed_table(rows: list[dict]) -> str:
+    """A row for each size: the best peer, and what most would write."""
+    shown = ("dense eager", "dense torch.compile")
+    table = [
+        [
+            *_size(row),
+            f"{row['milliseconds']:.1f}",
+            row["best"],
+            f"{row['times'][row['best']]:.2f} x",
+            *(f"{row['times'][peer]:.2f} x" if peer in row["times"] else "" for peer in shown),
+            f"{row['efficiency']:.2f}" if "efficiency" in row else "",
+        ]
+        for row in rows
     ]
-    for row in rows:
-        cells = [f"{row[peer]:.2f} x" if peer in row else "" for peer in peers]
-        cells.append(f"{row['efficiency']:.2f}" if "efficiency" in row else "")
-        lines.append(
-            f"| {NAMES[row['task']]} | {row['n']} | {row['d']} | {row['milliseconds']:.1f} | "
-            + " | ".join(cells) + " |"
-        )  # fmt: skip
-    lines += ["", "| peak memory beyond inputs and gradients | N | D | MB |", "|---|---|---|---|"]
-    for record in memory:
-        size = f"{record['n']} | {record['d']}"
-        lines.append(f"| {record['peer']} | {size} | {record['megabytes']:.0f} |")
-    return "\n".join(lines)
+    header = ["loss", "N", "D", "ours, ms", "best peer", "its time over ours", *shown, "efficiency"]
+    return _table(header, table)
+
+
+def all_peers_table(rows: list[dict]) -> str:
+    names = [peer for peer in PEERS if any(peer in row["times"] for row in rows)]
+    table = [
+        [*_size(row), *(f"{row['times'][n]:.2f}" if n in row["times"] else "" for n in names)]
+        for row in rows
+    ]
+    return _table(["loss", "N", "D", *names], table)
+
+
+def error_table(rows: list[dict]) -> str:
+    table = [
+        [
+            NAMES[row["task"]],
+            row["dtype"],
+            row["peer"],
+            *(f"{row[kind][of]:.1e}" for kind in ("random", "converged")
+              for of in ("loss", "gradients")),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = ["loss", "dtype", "by", "random: loss", "gradients", "converged: loss", "gradients"]
+    return _table(header, table)
+
+
+def memory_table(rows: list[dict]) -> str:
+    table = [[row["peer"], str(row["n"]), str(row["d"]), f"{row['megabytes']:.0f}"] for row in rows]
+    return _table(["peak memory beyond inputs and gradients", "N", "D", "MB"], table)
+
+
+def markdown(speed: list[dict], memory: list[dict], accuracy: list[dict]) -> str:
+    """All tables."""
+    return "\n\n".join(
+        [
+            "A peer's time over ours; efficiency: the matrix products' time alone over ours.",
+            speed_table(speed),
+            "Every peer's time over ours:",
+            all_peers_table(speed),
+            "Errors against float64 on the same inputs, N = 384, D = 128:",
+            error_table(accuracy),
+            memory_table(memory),
+        ]
+    )
 
 
 def main() -> None:
@@ -74,13 +158,11 @@ def main() -> None:
     parser.add_argument("benchmark", type=Path)
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
-    rows = rows_of(json.loads(arguments.benchmark.read_text())["benchmarks"])
-    memory, machine = measure_all(), environment()
-    print(f"\n{caption(machine)}")
-    print("A peer's time over ours; efficiency: the matrix products' time alone over ours.\n")
-    print(markdown(rows, memory))
+    speed = rows_of(json.loads(arguments.benchmark.read_text())["benchmarks"])
+    memory, accuracy, machine = measure_all(), error_rows(), environment()
+    print(f"\n{caption(machine)}\n\n{markdown(speed, memory, accuracy)}")
     if arguments.record:
-        record = {"environment": machine, "speed": rows, "memory": memory}
+        record = {"environment": machine, "speed": speed, "errors": accuracy, "memory": memory}
         arguments.record.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -9,25 +9,36 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report, record, table
-from benchmarks.peers import peers, training_step
+from benchmarks import bench_loss, gpu_report, record, table
+from benchmarks.peers import NUM_VIEWS, dense_clip, errors, peers
 from gcl_kernels.backends import cpu
 
 
-@pytest.mark.parametrize("task", ["gcl", "fused", "clip"])
-def test_peers_agree(task, monkeypatch):
-    # Their own C++ takes longer than all else here, and is PyTorch's.
+@pytest.fixture
+def fast_compile(monkeypatch) -> None:
+    """Without their own C++, which takes longer than all else here, and is PyTorch's."""
     fast = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", fast)
-    losses = {}
+
+
+@pytest.mark.parametrize("task", NUM_VIEWS)
+def test_peers_agree(task, fast_compile):
+    """On loss and gradients, as far as float64 and the inputs go."""
     for name, function in peers(task).items():
-        if name == "open_clip ClipLoss":
-            pytest.importorskip("open_clip")
-        step = training_step(function, task, 40, 16, torch.float64)
-        losses[name] = step().item()
-    assert losses["gcl_kernels"] > 0
-    for name, loss in losses.items():
-        assert loss == pytest.approx(losses["gcl_kernels"], rel=1e-6), name
+        for converged in (False, True):
+            found = errors(function, task, converged, torch.float64, (40, 16))
+            assert max(found.values()) < 1e-9, (name, converged, found)
+
+
+def test_every_peer_has_a_column(fast_compile):
+    for task in NUM_VIEWS:
+        assert set(peers(task)) <= set(bench_loss.PEERS)
+
+
+def test_errors_are_seen(fast_compile):
+    """A loss that lacks a candidate, and one whose gradient is a little off."""
+    off = errors(lambda a, b, s: dense_clip(a, b, 1.001 * s), "clip", True, torch.float64)
+    assert off["loss"] > 1e-5 and off["gradients"] > 1e-5
 
 
 def test_report_runs_and_refuses_without_a_gpu(tmp_path: Path, capsys):
@@ -186,20 +197,28 @@ def test_the_sanitized_step_runs_every_task():
 
 
 def test_table_takes_ratios_within_a_turn():
+    times = {"matrix product": 0.5, "dense eager": 3.0, "backend tiled": 1.1, "gcl_kernels": 1.0}
+    times["tuned eager"] = 2.0
+    about = {"task": "gcl", "n": 2048, "d": 768, "dtype": "float32"}
     entries = [
         {
-            "extra_info": {"task": "gcl", "n": 2048, "d": 768, "peer": peer, "turn": turn},
+            "extra_info": {**about, "peer": peer, "turn": turn},
             "stats": {"median": slow * seconds},
         }
         for turn, slow in enumerate([1, 5, 1])
-        for peer, seconds in (("matrix product", 0.5), ("dense eager", 3.0), ("gcl_kernels", 1.0))
+        for peer, seconds in times.items()
     ]
     (row,) = table.rows_of(entries)
-    assert row["dense eager"] == pytest.approx(3.0)
+    assert row["times"]["dense eager"] == pytest.approx(3.0)
+    assert row["best"] == "tuned eager"  # not a backend of ours
     flops = 4 * (3 * 2048) ** 2 * 768
     assert row["efficiency"] == pytest.approx(flops / (2 * 4096**3 / 0.5))
-    text = table.markdown([row], [{"peer": "gcl_kernels", "n": 1, "d": 2, "megabytes": 3.0}])
-    assert "3.00 x" in text and "| gcl_kernels | 1 | 2 | 3 |" in text
+    memory = [{"peer": "gcl_kernels", "n": 1, "d": 2, "megabytes": 3.0}]
+    accuracy = [{"task": "clip", "dtype": "float32", "peer": "dense eager"}]
+    accuracy[0] |= {kind: {"loss": 1e-8, "gradients": 2e-6} for kind in ("random", "converged")}
+    text = table.markdown([row], memory, accuracy)
+    assert "| tuned eager | 2.00 x | 3.00 x |" in text and "| gcl_kernels | 1 | 2 | 3 |" in text
+    assert "| dense eager | 1.0e-08 | 2.0e-06 | 1.0e-08 | 2.0e-06 |" in text
 
 
 def test_records_name_processor_instruction_set_and_products(tmp_path: Path, monkeypatch):
