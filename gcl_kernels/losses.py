@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gcl_kernels.dispatch import check_backend, resolve_backend
 from gcl_kernels.distributed import check_group, resolve_group
-from gcl_kernels.operators import negatives
+from gcl_kernels.operators import negatives, small_loss
 from gcl_kernels.problem import SampleData
 from gcl_kernels.spec import (
     ABSENT,
@@ -166,6 +166,10 @@ def _loss(
     mixing = None
     if fusion_weights is not None:
         mixing = _mixing(fusion_weights, scale.dtype, views[0].device)
+    if spec.reduction != "none":
+        loss = small_loss(views, mixing, scale, data, static, spec)
+        if loss is not None:
+            return loss
     return _reduce(*negatives(views, mixing, scale, data, static), spec)
 
 

@@ -23,7 +23,7 @@ from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.distributed import empty_agreement
 from gcl_kernels.problem import Embedded, SampleData, empty_gradients
 from gcl_kernels.roads.fused import formed
-from gcl_kernels.spec import NegativesSpec, parse_spec, recordable
+from gcl_kernels.spec import LossSpec, NegativesSpec, parse_spec, recordable
 
 LIBRARY = torch.library.Library("gcl_kernels", "DEF")
 LIBRARY.define(
@@ -73,6 +73,9 @@ def _backward_fake(bases: Sequence[Tensor], scale: Tensor, *rest: Any) -> list[T
     return [*empty_gradients(bases, scale, needs_grad), mixing, scale.new_empty(())]
 
 
+_NO_SECOND_GRADIENT = "the gradient of the gradient exists with backend='reference' only"
+
+
 def _refuse(reason: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"gcl_kernels: {reason}")
@@ -92,7 +95,7 @@ for _name, _body, _fake, _reason in (
         "neg_lse_backward",
         passes.backward,
         _backward_fake,
-        "the gradient of the gradient exists with backend='reference' only",
+        _NO_SECOND_GRADIENT,
     ),
 ):
     LIBRARY.impl(_name, _from_text(_body), "CompositeExplicitAutograd")
@@ -253,3 +256,68 @@ def negatives(
             )
         agreement = agreement[-1:] if spec.group else []
     return neg_lse, own_logits, agreement[0][:-1] if agreement else None
+
+
+class _Computed(torch.autograd.Function):
+    """(results, needs_grad, mixing, scale, *bases) -> a loss, whose gradients were made with it."""
+
+    @staticmethod
+    def forward(ctx: Any, results: list[Tensor], needs_grad: list[bool], *inputs: Any) -> Tensor:
+        loss, *gradients = results
+        ctx.save_for_backward(*gradients)
+        ctx.needs_grad = needs_grad
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_transforms(upstream)
+        *grads, of_mixing, of_scale = (
+            grad * upstream if needs else None
+            for grad, needs in zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
+        )
+        found = (of_mixing, of_scale, *grads)
+        if torch.is_grad_enabled():
+            found = _First.apply(torch.ones((), requires_grad=True), *found)
+        return None, None, *found
+
+
+class _First(torch.autograd.Function):
+    """Gradients that have none themselves, and say so."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads
+
+    backward = staticmethod(_refuse(_NO_SECOND_GRADIENT))
+
+
+def small_loss(
+    bases: Sequence[Tensor],
+    mixing: Tensor | None,
+    scale: Tensor,
+    data: SampleData,
+    spec: NegativesSpec,
+    terms: LossSpec,
+) -> Tensor | None:
+    """The loss of a small batch, with gradients that its backend makes in the same call; None where
+    it takes the passes: if no gradient is wanted, if something watches, if it has no such call.
+
+    Args:
+        terms: the loss, of the reduction ``"mean"`` or ``"sum"``.
+    """
+    backend, inputs = BACKENDS[spec.backend], (mixing, scale, *bases)
+    if (
+        not backend.makes_losses
+        or not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or not all(map(_is_plain, (*inputs, data)))
+    ):
+        return None
+    needs_grad = [tensor is not None and tensor.requires_grad for tensor in (*bases, mixing, scale)]
+    if not any(needs_grad):
+        return None
+    refuse_transforms(*(tensor for tensor in inputs if tensor is not None))
+    with torch.no_grad():
+        results = backend.loss(bases, mixing, scale, data, spec, terms, needs_grad)
+    return None if results is None else _Computed.apply(results, needs_grad, *inputs)

@@ -30,6 +30,11 @@ def empty_kept(num_products: int, scale: Tensor) -> Tensor:
     return scale.new_empty(least(num_products, KEPT_ELEMENTS))
 
 
+def all_kept(num_products: int) -> bool:
+    """Whether so many products may all stay."""
+    return num_products <= KEPT_ELEMENTS
+
+
 class SampleData(NamedTuple):
     """What a call is given of each sample beside its embeddings: constants whose last dimension is
     the samples. Operators take them as a list, and they travel to other processes.

@@ -12,12 +12,14 @@ import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import check, random_views
+from contract import OPTIONS, check, random_views
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import gcl_kernels
 from gcl_kernels import problem
@@ -275,6 +277,74 @@ def test_a_fused_pass_in_one_call_is_the_loop_over_blocks(
         return loss, loss
 
     with_and_without_passes(monkeypatch, halved, step, shown, needs)
+
+
+ONE_CALL = {
+    **OPTIONS,
+    "one way": {"pair_weights": [[0, 1, 0], [0, 0, 0], [0, 0, 0]], "candidates": UNUSED_VIEW},
+    "raw": {"normalize": False},
+    "ids": {"sample_ids": torch.arange(24) // 2},
+}
+
+
+def one_step(fused: bool, dtype: torch.dtype, frozen: int | None, **options) -> list[Tensor]:
+    """Loss and gradients of 24 samples; a third of the views' length where they stay raw."""
+    shown = [v.to(dtype) / 3 for v in random_views(24, 20)[: 2 if fused else 3]]
+    views = [v.requires_grad_(n != frozen) for n, v in enumerate(shown)]
+    scale = torch.tensor(14.0, dtype=dtype, requires_grad=frozen is None)
+    weights = [torch.tensor(w, dtype=dtype, requires_grad=True) for w in (0.7, 1.3)] * fused
+    if fused:
+        options["fusion_weights"] = weights
+    loss = gcl_kernels.gcl_loss(*views, logit_scale=scale, backend="cpu", **options)
+    (3 * loss).backward()
+    return [loss.detach(), *(of.grad for of in (*views, scale, *weights) if of.requires_grad)]
+
+
+@pytest.mark.parametrize("options", ONE_CALL.values(), ids=ONE_CALL)
+@pytest.mark.parametrize("frozen", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fused", [False, True], ids=["views", "fused"])
+@roads("own", "blas")
+def test_a_small_loss_in_one_call_is_the_passes(road, fused, dtype, frozen, options, monkeypatch):
+    """Whose block functions, in several kept blocks, are the same: what rounds otherwise is the
+    algebra between them."""
+    monkeypatch.setattr(cpu, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(cpu, "FUSED_BLOCK_ROWS", 16)
+    made = []
+    of_cpu = type(CPU).loss
+    monkeypatch.setattr(type(CPU), "loss", lambda *given: made.append(of_cpu(*given)) or made[-1])
+    together = one_step(fused, dtype, frozen, **options)
+    assert len(made) == 1 and made[0] is not None
+    monkeypatch.setattr(CPU, "makes_losses", False)
+    for a, b in zip(together, one_step(fused, dtype, frozen, **options), strict=True):
+        assert (a - b).abs().max() <= 40 * torch.finfo(dtype).eps * b.abs().max()
+    assert len(made) == 1
+
+
+def test_who_takes_the_passes(monkeypatch):
+    """Where the one call would waste work, be watched, or cannot serve."""
+    made = []
+    of_cpu = type(CPU).loss
+    monkeypatch.setattr(type(CPU), "loss", lambda *given: made.append(of_cpu(*given)) or made[-1])
+    views = [v.float().requires_grad_() for v in random_views(8, 6)]
+    loss = partial(gcl_kernels.gcl_loss, backend="cpu")
+    with torch.no_grad():
+        loss(*views)
+    loss(*(v.detach() for v in views))
+    loss(*views, reduction="none")
+    with FlopCounterMode(display=False):
+        loss(*views)
+    assert not made
+    for given in ([v.half() for v in views], [views[0].double(), *views[1:]]):
+        loss(*given).backward()
+    scale = torch.tensor(9.0, requires_grad=True)
+    loss(views[0].detach(), *views[1:], scale).backward()
+    monkeypatch.setattr(problem, "KEPT_ELEMENTS", 24 * 24 - 1)
+    loss(*views).backward()
+    assert made == [None] * 4
+    monkeypatch.setattr(problem, "KEPT_ELEMENTS", 24 * 24)
+    loss(*views).backward()
+    assert made[-1] is not None
 
 
 @pytest.mark.parametrize("seed", range(3))

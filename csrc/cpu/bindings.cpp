@@ -1,82 +1,15 @@
 // gcl_kernels._cpu: the module, and the functions over samples. Addresses and sizes in, no tensors:
 // it links no PyTorch and serves every version of it.
 
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "passes.hpp"
+#include "loss.hpp"
 
 namespace gcl {
-
-// What both functions over samples are given, as problem.py's Embedded lies in memory.
-struct Embedded {
-  int threads;
-  const Views* views;
-  int bases;
-  int64_t samples, dim;
-  bool normalize;
-  double eps, scale;
-  Address z, inverse, lengths, coefficients, dots;
-
-  template <class T>
-  Samples<T> as() const {
-    return {views,    bases,          samples,        dim,
-            normalize, T(eps),        T(scale),       at<T>(z),
-            at<T>(inverse), at<T>(lengths), at<T>(coefficients), at<T>(dots)};
-  }
-};
-
-// Samples in ranges, one a thread: no sample's result depends on another.
-template <class F>
-static void for_samples(const Embedded& s, const F& body) {
-  py::gil_scoped_release release;
-  const int64_t parts = s.bases * s.samples * s.dim < parallel_copies ? 1 : s.threads;
-  for_each_strip(parts, s.threads, parts > 1, [&](int64_t part) {
-    body(s.samples * part / parts, s.samples * (part + 1) / parts);
-  });
-}
-
-// Mixing: 0 where each view is its own base.
-template <class T>
-static void embed(const Embedded& embedded, const std::vector<Address>& bases,
-                  const std::vector<int64_t>& pitches, Address mixing, double absent,
-                  Address own_logits) {
-  Embedding<T> s{};
-  s.of = embedded.as<T>();
-  for (size_t b = 0; b < bases.size(); ++b) s.e[b] = at<T>(bases[b]), s.pitch[b] = pitches[b];
-  s.mixing = at<T>(mixing), s.absent = T(absent), s.own_logits = at<T>(own_logits);
-  for_samples(embedded, [&](int64_t start, int64_t stop) { kernels<T>().embed(s, start, stop); });
-}
-
-// By halves: the error does not grow with the number of terms.
-template <class T>
-static T sum(const T* terms, int64_t count) {
-  if (count <= 64) return std::accumulate(terms, terms + count, T(0));
-  return sum(terms, count / 2) + sum(terms + count / 2, count - count / 2);
-}
-
-// Inner, grad_mixing: 0 where each view is its own base; a base's gradient: 0 where not needed.
-template <class T>
-static void gradients(const Embedded& embedded, Address sums, Address inner,
-                      Address grad_own_logits, const std::vector<Address>& grads,
-                      Address grad_mixing, Address grad_scale) {
-  const int64_t views = embedded.views->count, samples = embedded.samples;
-  std::vector<T> shares((2 * views + 1) * samples);
-  EmbeddingGradient<T> s{};
-  s.of = embedded.as<T>();
-  s.sums = at<T>(sums), s.inner = at<T>(inner), s.grad_own_logits = at<T>(grad_own_logits);
-  for (size_t b = 0; b < grads.size(); ++b) s.grad[b] = at<T>(grads[b]);
-  s.shares = shares.data();
-  for_samples(embedded,
-              [&](int64_t start, int64_t stop) { kernels<T>().gradients(s, start, stop); });
-  const auto total = [&](int64_t row) { return sum(shares.data() + row * samples, samples); };
-  for (int64_t row = 0; grad_mixing && row < 2 * views; ++row) at<T>(grad_mixing)[row] = total(row);
-  *at<T>(grad_scale) = total(2 * views);
-}
 
 static const std::pair<const char*, Isa> instruction_sets[] = {
     {"baseline", Isa::baseline}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}};
@@ -110,6 +43,18 @@ static void bind_choice(py::module_& m, const std::string& what,
       if (name == chosen && supported(choice)) return use(choice);
     throw std::invalid_argument(what + ": not supported here: " + chosen);
   });
+}
+
+static Terms make_terms(const std::vector<std::vector<double>>& weights,
+                        const std::vector<std::vector<bool>>& candidates, bool keeps_self,
+                        bool compete) {
+  Terms terms;
+  for (const auto& row : weights) terms.weights.insert(terms.weights.end(), row.begin(), row.end());
+  for (size_t a = 0; a < candidates.size(); ++a)
+    for (size_t b = 0; b < candidates.size(); ++b)
+      terms.inside.push_back(candidates[a][b] && (a != b || keeps_self));
+  terms.views = int(weights.size()), terms.keeps_self = keeps_self, terms.compete = compete;
+  return terms;
 }
 
 static Views make_views(const std::vector<int>& bases,
@@ -171,6 +116,7 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.attr("max_views") = max_views;
   py::class_<Views>(m, "Views").def(py::init(&make_views));
+  py::class_<Terms>(m, "Terms").def(py::init(&make_terms));
   py::class_<BlockPlace>(m, "BlockPlace")
       .def(py::init([](int64_t row_start, int64_t rows, int64_t col_start, int64_t cols,
                        bool serves_rows, bool serves_cols, bool diagonal,
@@ -189,4 +135,5 @@ PYBIND11_MODULE(_cpu, m) {
   both("matrix_gradient", matrix_gradient<float>, matrix_gradient<double>);
   both("embed", embed<float>, embed<double>);
   both("gradients", gradients<float>, gradients<double>);
+  both("loss", loss<float>, loss<double>);
 }

@@ -28,8 +28,16 @@ import torch
 from torch import Tensor
 
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import Embedded, FusedProblem, Lines, Problem, RowStats, Workspace
-from gcl_kernels.spec import ABSENT, HALF_DTYPES, NORM_EPS, NegativesSpec
+from gcl_kernels.problem import (
+    Embedded,
+    FusedProblem,
+    Lines,
+    Problem,
+    RowStats,
+    SampleData,
+    Workspace,
+)
+from gcl_kernels.spec import ABSENT, HALF_DTYPES, NORM_EPS, LossSpec, NegativesSpec
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 18, "default": 1 << 22}
 """Elements per base and chunk: 1 MiB of float32 stays in a CPU's cache; 16 MiB fill a GPU, and the
@@ -42,12 +50,14 @@ class Backend:
     Attributes:
         fuses_scores: it has block functions of score fusion. Without them the fused embeddings are
             formed, as a third view like any other.
+        makes_losses: it has :meth:`loss`, for small batches.
         keeps_tiles: the first tiles stay in memory between the passes, see ``problem``.
         halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
             plan then cuts these blocks finer.
     """
 
     fuses_scores = True
+    makes_losses = False
     keeps_tiles = False
     halves_diagonal = False
 
@@ -58,6 +68,25 @@ class Backend:
     def why_not(self, device: torch.device, compute_dtype: torch.dtype) -> str | None:
         """None where it serves tensors of this device and compute dtype, else the reason, which may
         be that it is not available."""
+        return None
+
+    def loss(
+        self,
+        bases: Sequence[Tensor],
+        mixing: Tensor | None,
+        scale: Tensor,
+        data: SampleData,
+        spec: NegativesSpec,
+        terms: LossSpec,
+        needs_grad: Sequence[bool],
+    ) -> list[Tensor] | None:
+        """A small batch in one call: its loss, and for an upstream gradient of 1 the gradients of
+        the bases, of ``mixing`` and of the scale; None where the passes are to be taken.
+
+        Args:
+            terms: the loss, of the reduction ``"mean"`` or ``"sum"``.
+            needs_grad: of each base, of ``mixing``, of the scale; some are needed.
+        """
         return None
 
     # --- Over blocks ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ depend on the number of threads.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,18 +24,21 @@ import torch
 from torch import Tensor
 
 from gcl_kernels.backends.base import Backend
-from gcl_kernels.blocks import Block
+from gcl_kernels.blocks import Block, plan_blocks
 from gcl_kernels.problem import (
+    MAX_BOUNDED_SCALE,
     Embedded,
     FusedProblem,
     Lines,
     Problem,
     RowStats,
+    SampleData,
     Workspace,
+    all_kept,
     bounded,
     line_shape,
 )
-from gcl_kernels.spec import ABSENT, NORM_EPS, Bases, BoolTable, NegativesSpec, Pairs
+from gcl_kernels.spec import ABSENT, NORM_EPS, Bases, BoolTable, LossSpec, NegativesSpec, Pairs
 
 _WHY_UNAVAILABLE: str | None = None
 _cpu: Any = None
@@ -166,6 +170,30 @@ def _own_pairs(bases: Bases, own_pairs: Pairs) -> Any:
     return _views(bases, (pair for v, w in own_pairs for pair in ((v, w), (w, v))))
 
 
+@lru_cache(maxsize=256)
+def _terms(spec: LossSpec) -> Any:
+    """As the extension reads them."""
+    compete = spec.other_positives == "compete" and spec.num_views > 2
+    keeps_self = spec.self_similarity == "keep"
+    return _cpu.Terms(spec.pair_weights, spec.candidates, keeps_self, compete)
+
+
+@lru_cache(maxsize=256)
+def _whole_plan(
+    num_samples: int,
+    candidates: BoolTable,
+    fused: bool,
+    block_rows: int,
+    per_view: bool,
+    halves_diagonal: bool,
+) -> tuple[list[Any], int]:
+    """The blocks of a square problem, and how many elements their tiles have."""
+    table: BoolTable = ((True,),) if fused else candidates
+    plan = plan_blocks(num_samples, table, block_rows, per_view, halves_diagonal)
+    tiles = 4 if fused else 1
+    return _places(plan), tiles * sum(math.prod(block.shape) for block in plan)
+
+
 def _problem(problem: Problem, ids: Sequence[Tensor | None]) -> tuple[Any, ...]:
     """As the extension's ``Problem``."""
     fused: tuple[Any, int, int] = (None, 0, 0)
@@ -204,6 +232,7 @@ def _samples(embedded: Embedded, scale: Tensor, spec: NegativesSpec) -> tuple[An
 class Cpu(Backend):
     """The backend ``cpu``."""
 
+    makes_losses = True
     keeps_tiles = True
     # BLAS computes both equal halves of a block on the diagonal, the extension's product one.
     halves_diagonal = _cpu is None or _cpu.products() != "own"
@@ -335,14 +364,71 @@ class Cpu(Backend):
         )
         return sums, inner
 
+    def _reads(self, bases: Sequence[Tensor], spec: NegativesSpec) -> bool:
+        """Whether the extension reads these embeddings where they lie."""
+        return len(spec.candidates) <= _cpu.max_views and all(
+            base.dtype == spec.compute_dtype and base.stride(1) == 1 and _is_aligned(base)
+            for base in bases
+        )
+
+    def loss(
+        self,
+        bases: Sequence[Tensor],
+        mixing: Tensor | None,
+        scale: Tensor,
+        data: SampleData,
+        spec: NegativesSpec,
+        terms: LossSpec,
+        needs_grad: Sequence[bool],
+    ) -> list[Tensor] | None:
+        *needs_bases, needs_mixing, needs_scale = needs_grad
+        num_samples, dim = bases[0].shape
+        frozen = mixing is None and not all(needs_bases)
+        sizes = BLOCK_ROWS if mixing is None else FUSED_BLOCK_ROWS, frozen, self.halves_diagonal
+        if _by_pytorch() or spec.group or frozen and needs_scale or not self._reads(bases, spec):
+            return None
+        plan, elements = _whole_plan(num_samples, spec.candidates, mixing is not None, *sizes)
+        if not all_kept(elements):
+            return None
+        threads, new = torch.get_num_threads(), scale.new_empty
+        value = float(scale) if spec.max_scale is None else spec.max_scale
+        value = value if math.isfinite(value) else math.nan
+        ids = data.sample_ids
+        if ids is not None:
+            ids = _readable(ids if mixing is not None else ids.repeat(len(bases)))
+        fused = None if mixing is None else _candidates(spec.bases, spec.candidates)
+        rows = num_samples if mixing is not None else num_samples * len(bases)
+        grads = [new(num_samples, dim) if needs else new(0) for needs in needs_bases]
+        loss, grad_scale = new(()), new(())
+        mixing = None if mixing is None else _readable(mixing)
+        grad_mixing = new(len(spec.candidates), 2) if needs_mixing else new(0)
+        bound = spec.normalize and 0 <= value <= MAX_BOUNDED_SCALE
+        own, id_address = _own_pairs(spec.bases, spec.own_pairs), _address(ids)
+        of_samples = (len(bases), num_samples, dim, spec.normalize, NORM_EPS, value)
+        _function("loss", scale.dtype)(
+            (threads, own, *of_samples, 0, 0, 0, 0, 0),
+            (threads, value, bound, id_address, id_address, 0, rows, rows, dim, fused, 0, 0),
+            plan,
+            elements,
+            _terms(terms),
+            num_samples if terms.reduction == "mean" else 1,
+            [base.data_ptr() for base in bases],
+            [base.stride(0) for base in bases],
+            _address(mixing),
+            ABSENT,
+            needs_bases,
+            loss.data_ptr(),
+            [grad.data_ptr() for grad in grads],
+            grad_mixing.data_ptr(),
+            grad_scale.data_ptr(),
+        )
+        return [loss, *grads, grad_mixing, grad_scale]
+
     def embed(
         self, bases: Sequence[Tensor], mixing: Tensor | None, scale: Tensor, spec: NegativesSpec
     ) -> tuple[Embedded, Tensor]:
         num_views = len(spec.candidates)
-        if num_views > _cpu.max_views or not all(
-            base.dtype == spec.compute_dtype and base.stride(1) == 1 and _is_aligned(base)
-            for base in bases
-        ):
+        if not self._reads(bases, spec):
             return super().embed(bases, mixing, scale, spec)
         embedded = Embedded.empty(bases, scale, spec)
         own_logits = scale.new_empty(num_views, num_views, bases[0].shape[0])
