@@ -24,6 +24,7 @@ from gcl_kernels.operators import negatives, small_loss
 from gcl_kernels.problem import SampleData
 from gcl_kernels.spec import (
     ABSENT,
+    CROSS,
     DEFAULT_TEMPERATURE,
     BackendName,
     Bases,
@@ -374,7 +375,7 @@ def clip_loss(
     for each direction). Equals ``open_clip.ClipLoss`` on unit vectors.
     """
     check_views((e_i, e_t), ("e_i", "e_t"))
-    spec = make_loss_spec(2, pair_weights, ((False, True), (True, False)), reduction=reduction)
+    spec = make_loss_spec(2, pair_weights, CROSS, reduction=reduction)
     given = _Arguments(
         logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
     )

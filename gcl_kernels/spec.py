@@ -482,6 +482,31 @@ def make_loss_spec(
     """
     if num_views < 2:
         raise ValueError(f"views: expected at least 2, got {num_views}")
+    choices = (self_similarity, other_positives, reduction)
+    # What is no table is checked once for each set of options; Dynamo traces through the cache, and
+    # warns.
+    if (
+        pair_weights is None
+        and (candidates is None or candidates is CROSS)
+        and all(isinstance(choice, str) for choice in choices)
+        and not torch.compiler.is_compiling()
+    ):
+        return _spec_without_tables(num_views, candidates, *choices)
+    return _checked_spec(num_views, pair_weights, candidates, *choices)
+
+
+CROSS: BoolTable = ((False, True), (True, False))
+"""Candidates of two views that meet each other and not themselves: CLIP's."""
+
+
+def _checked_spec(
+    num_views: int,
+    pair_weights: Table | None,
+    candidates: Table | None,
+    self_similarity: SelfSimilarity,
+    other_positives: OtherPositives,
+    reduction: Reduction,
+) -> LossSpec:
     check_choice("self_similarity", self_similarity, get_args(SelfSimilarity))
     check_choice("other_positives", other_positives, get_args(OtherPositives))
     check_choice("reduction", reduction, get_args(Reduction))
@@ -489,9 +514,13 @@ def make_loss_spec(
     if pair_weights is not None:
         weights = weight_table("pair_weights", pair_weights, num_views)
     table = candidate_table(candidates, num_views)
-    # Dynamo traces through the cache, and warns.
     build = _loss_spec if torch.compiler.is_compiling() else _known_loss_spec
     return build(weights, table, self_similarity, other_positives, reduction)
+
+
+@lru_cache(maxsize=256)
+def _spec_without_tables(num_views: int, candidates: BoolTable | None, *choices: Any) -> LossSpec:
+    return _checked_spec(num_views, None, candidates, *choices)
 
 
 def _loss_spec(
