@@ -387,13 +387,15 @@ class Cpu(Backend):
         sizes = BLOCK_ROWS if mixing is None else FUSED_BLOCK_ROWS, frozen, self.halves_diagonal
         if _by_pytorch() or spec.group or frozen and needs_scale or not self._reads(bases, spec):
             return None
+        ids = data.sample_ids
+        if len(data.given()) > (ids is not None):  # something that the extension does not know
+            return None
         plan, elements = _whole_plan(num_samples, spec.candidates, mixing is not None, *sizes)
         if not all_kept(elements):
             return None
         threads, new = torch.get_num_threads(), scale.new_empty
         value = float(scale) if spec.max_scale is None else spec.max_scale
         value = value if math.isfinite(value) else math.nan
-        ids = data.sample_ids
         if ids is not None:
             ids = _readable(ids if mixing is not None else ids.repeat(len(bases)))
         fused = None if mixing is None else _candidates(spec.bases, spec.candidates)
