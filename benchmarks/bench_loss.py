@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import torch._dynamo
 
 from benchmarks.peers import JAX, OURS, SUM_GIVEN, TILED, peers, training_step
 
@@ -49,6 +50,10 @@ PEERS = [
 FLOOR_SIZE = 4096
 SMALL = ("SupConLoss", "lightly NTXentLoss")
 """Peers that hold the matrix, or indices of it, a dozen times: up to N = 1024."""
+
+
+torch._dynamo.config.recompile_limit = 64
+"""More than there are sizes: beyond it a function runs uncompiled."""
 
 
 @cache

@@ -10,6 +10,7 @@ V views). Every function here takes its views, [N, D], and then the scale s.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,9 @@ from torch.utils.checkpoint import checkpoint
 import gcl_kernels
 
 Loss = Callable[..., Tensor]
+
+compiled = functools.partial(torch.compile, dynamic=False)
+"""For each size anew, as a training run has one."""
 
 CHUNK_ROWS = 1024
 
@@ -242,7 +246,7 @@ def peers(task: str, backend: str = "auto") -> dict[str, Loss]:
         found = {name: on_sum(loss) for name, loss in found.items()}
     # Compiled with the sum, where there is one.
     for name in ("dense", "tuned"):
-        found[f"{name} torch.compile"] = torch.compile(found[f"{name} eager"])
+        found[f"{name} torch.compile"] = compiled(found[f"{name} eager"])
     if task == "nt_xent":
         if _installed("lightly"):
             found["lightly NTXentLoss"] = lightly_nt_xent
@@ -261,7 +265,7 @@ def _views_peers() -> Iterator[tuple[str, Loss]]:
     yield "dense eager", dense
     yield "tuned eager", tuned
     yield "own gradient eager", with_gradients(_loss_and_gradients)
-    yield "own gradient torch.compile", with_gradients(torch.compile(_loss_and_gradients))
+    yield "own gradient torch.compile", with_gradients(compiled(_loss_and_gradients))
     yield "chunks, gradient in forward", with_gradients(_rows_loss_and_gradients)
     yield "chunked checkpoint", checkpointed
     if _installed("pytorch_metric_learning"):
@@ -270,17 +274,17 @@ def _views_peers() -> Iterator[tuple[str, Loss]]:
 
 def _clip_peers(backend: str) -> Iterator[tuple[str, Loss]]:
     yield "dense eager", dense_clip
-    yield "dense torch.compile", torch.compile(dense_clip)
+    yield "dense torch.compile", compiled(dense_clip)
     yield "tuned eager", tuned_clip
-    yield "tuned torch.compile", torch.compile(tuned_clip)
+    yield "tuned torch.compile", compiled(tuned_clip)
     yield "own gradient eager", _clip_with_gradients(_clip_loss_and_gradients)
     yield (
         "own gradient torch.compile",
-        _clip_with_gradients(torch.compile(_clip_loss_and_gradients)),
+        _clip_with_gradients(compiled(_clip_loss_and_gradients)),
     )
     if _installed("open_clip"):
         yield "open_clip ClipLoss", open_clip_clip
-        yield "ClipLoss torch.compile", torch.compile(open_clip_clip)
+        yield "ClipLoss torch.compile", compiled(open_clip_clip)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         yield "linear_cross_entropy", linear_cross_entropy_clip
     yield OURS, ours(gcl_kernels.clip_loss, backend)

@@ -17,8 +17,8 @@ from gcl_kernels.backends import cpu
 @pytest.fixture
 def fast_compile(monkeypatch) -> None:
     """Without their own C++, which takes longer than all else here, and is PyTorch's."""
-    fast = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", fast)
+    fast = functools.partial(torch.compile, backend="aot_eager", dynamic=False)
+    monkeypatch.setattr("benchmarks.peers.compiled", fast)
 
 
 @pytest.mark.parametrize("task", NUM_VIEWS)
