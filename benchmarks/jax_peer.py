@@ -41,18 +41,22 @@ def _clip_loss(views: list[Any], scale: Any) -> Any:
 LOSSES = {"gcl": _views_loss, "nt_xent": _views_loss, "fused": _fused_loss, "clip": _clip_loss}
 
 
+def _with_gradients(task: str) -> Callable[..., Any]:
+    return jax.jit(jax.value_and_grad(LOSSES[task], argnums=(0, 1)))
+
+
 def jax_step(task: str, n: int, d: int) -> Callable[[], Any]:
     """Loss and gradients of `peers.training_step`'s inputs in float32."""
     views, scale = inputs(task, n, d)
     arrays = [jnp.asarray(view.float().numpy()) for view in views]
     s = jnp.asarray(scale.float().item())
-    both = jax.jit(jax.value_and_grad(LOSSES[task], argnums=(0, 1)))
+    both = _with_gradients(task)
     return lambda: jax.block_until_ready(both(arrays, s))
 
 
 def jax_loss(task: str) -> Callable[..., Tensor]:
     """As a loss of tensors, to see that it is the same."""
-    both = jax.jit(jax.value_and_grad(LOSSES[task], argnums=(0, 1)))
+    both = _with_gradients(task)
 
     def run(*arguments: Tensor) -> list[Tensor]:
         *views, scale = (jnp.asarray(tensor.numpy()) for tensor in arguments)

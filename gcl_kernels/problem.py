@@ -161,8 +161,12 @@ MAX_BOUNDED_SCALE = 40.0
 def bounded(problem: Problem) -> bool:
     """Whether ``|x| <= s`` is known on the host, and ``exp(+-2 s)`` is harmless: ``s`` may then
     stand for every maximum."""
-    scale = problem.max_scale
-    return problem.unit_rows and scale is not None and 0 <= scale <= MAX_BOUNDED_SCALE
+    return is_bound(problem.max_scale, problem.unit_rows)
+
+
+def is_bound(scale: float | None, unit_rows: bool) -> bool:
+    """The same of a scale and of whether every row has length 1 or 0."""
+    return unit_rows and scale is not None and 0 <= scale <= MAX_BOUNDED_SCALE
 
 
 @dataclass(frozen=True)

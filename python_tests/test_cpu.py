@@ -300,19 +300,32 @@ def one_step(fused: bool, dtype: torch.dtype, frozen: int | None, **options) -> 
     return [loss.detach(), *(of.grad for of in (*views, scale, *weights) if of.requires_grad)]
 
 
+@pytest.fixture
+def made(monkeypatch) -> list:
+    """What the one call returned, whenever it was asked."""
+    results: list = []
+    ask = type(CPU).loss
+
+    def loss(*given):
+        results.append(ask(*given))
+        return results[-1]
+
+    monkeypatch.setattr(type(CPU), "loss", loss)
+    return results
+
+
 @pytest.mark.parametrize("options", ONE_CALL.values(), ids=ONE_CALL)
 @pytest.mark.parametrize("frozen", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fused", [False, True], ids=["views", "fused"])
 @roads("own", "blas")
-def test_a_small_loss_in_one_call_is_the_passes(road, fused, dtype, frozen, options, monkeypatch):
+def test_a_small_loss_in_one_call_is_the_passes(
+    road, fused, dtype, frozen, options, made, monkeypatch
+):
     """Whose block functions, in several kept blocks, are the same: what rounds otherwise is the
     algebra between them."""
     monkeypatch.setattr(cpu, "BLOCK_ROWS", 16)
     monkeypatch.setattr(cpu, "FUSED_BLOCK_ROWS", 16)
-    made = []
-    of_cpu = type(CPU).loss
-    monkeypatch.setattr(type(CPU), "loss", lambda *given: made.append(of_cpu(*given)) or made[-1])
     together = one_step(fused, dtype, frozen, **options)
     assert len(made) == 1 and made[0] is not None
     monkeypatch.setattr(CPU, "makes_losses", False)
@@ -321,11 +334,8 @@ def test_a_small_loss_in_one_call_is_the_passes(road, fused, dtype, frozen, opti
     assert len(made) == 1
 
 
-def test_who_takes_the_passes(monkeypatch):
+def test_who_takes_the_passes(made, monkeypatch):
     """Where the one call would waste work, be watched, or cannot serve."""
-    made = []
-    of_cpu = type(CPU).loss
-    monkeypatch.setattr(type(CPU), "loss", lambda *given: made.append(of_cpu(*given)) or made[-1])
     views = [v.float().requires_grad_() for v in random_views(8, 6)]
     loss = partial(gcl_kernels.gcl_loss, backend="cpu")
     with torch.no_grad():

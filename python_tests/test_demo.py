@@ -26,13 +26,15 @@ from examples.emoji_retrieval.baselines import baseline_hits  # noqa: E402
 from examples.emoji_retrieval.data import EmojiData, TrainingBatches, full_text, load_data  # noqa: E402
 from examples.emoji_retrieval.drawings import drawing_paths, load_drawings  # noqa: E402
 from examples.emoji_retrieval.evaluate import CUTOFFS, POOLS, load_tasks, nine_tasks  # noqa: E402
-from examples.emoji_retrieval.export import MODALITIES, SIDES, TASKS, drawing, export, other_side  # noqa: E402
+from examples.emoji_retrieval.export import SIDES, drawing, export, other_side  # noqa: E402
 from examples.emoji_retrieval.inventory import alike, distinct_keywords, load_concepts, words  # noqa: E402
 from examples.emoji_retrieval.report import MODELS  # noqa: E402
 from examples.emoji_retrieval.run import parse, run, run_from_command_line  # noqa: E402
 from examples.emoji_retrieval.split import NEAR_DUPLICATE, drawing_distances, name_rule  # noqa: E402
 from examples.emoji_retrieval.train import LOSSES, begin  # noqa: E402
 from gcl_kernels.retrieval import evaluate, load_mmeb  # noqa: E402
+from gcl_kernels.retrieval.datasets import MODALITIES  # noqa: E402
+from gcl_kernels.retrieval.mbeir import TASKS  # noqa: E402
 
 FEW = 20
 """Concepts of the trees here."""

@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from gcl_kernels.retrieval import Encoder, RetrievalDataset, evaluate, load_mbeir
+from gcl_kernels.retrieval.datasets import MODALITIES
 from gcl_kernels.retrieval.encode import unit_embeddings
+from gcl_kernels.retrieval.mbeir import TASKS
 
 from .data import STYLES, EmojiData, full_text
-from .export import MODALITIES, SIDES, TASKS, Side, candidate_id, drawing, other_side
+from .export import SIDES, Side, candidate_id, drawing, other_side
 
 CUTOFFS = (1, 5, 50)
 """M-BEIR's figure is hit@5 in a local pool, and the paper's hit@50 in the union pool."""
@@ -44,10 +46,11 @@ def load_tasks(root: Path, pools: Sequence[str] = (*POOLS, "any_form")) -> list[
     for side in SIDES:
         tree = root / "mbeir" / "-".join(side)
         for task in TASKS:
-            local, union = (
-                load_mbeir(tree, f"emoji_task{task}", pool) for pool in ("local", "union")
-            )
-            candidate = local.task.split("->")[1]
+            if "local" in pools:
+                tasks.append(load_mbeir(tree, f"emoji_task{task}", "local"))
+            if not {*pools} - {"local"}:
+                continue
+            union = load_mbeir(tree, f"emoji_task{task}", "union")
             forms = {
                 qid: [candidate_id(number, modality) for modality in MODALITIES]
                 for number, qid in enumerate(union.queries.ids)
@@ -57,11 +60,10 @@ def load_tasks(root: Path, pools: Sequence[str] = (*POOLS, "any_form")) -> list[
                 for qid, dids in forms.items()
             }
             kinds = {
-                "local": local,
                 "union": union,
                 "union_distinct": replace(union, pool="union_distinct", exclude=others),
             }
-            if candidate == "i":
+            if union.task.endswith("->i"):
                 any_form = {qid: dict.fromkeys(dids, 1) for qid, dids in forms.items()}
                 kinds["any_form"] = replace(union, pool="any_form", qrels=any_form)
             tasks += [dataset for pool, dataset in kinds.items() if pool in pools]

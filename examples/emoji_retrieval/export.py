@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from gcl_kernels.retrieval.datasets import MODALITIES
+from gcl_kernels.retrieval.mbeir import TASKS
+
 from .data import STYLES, TEXTS, EmojiData, full_text
 
-MODALITIES = ("i", "t", "it")
 SPELLED = {"i": "image", "t": "text", "it": "image,text"}
-TASKS = {0: "t->i", 1: "t->t", 2: "t->it", 3: "i->t", 4: "i->i", 5: "i->it", 6: "it->t", 7: "it->i",
-         8: "it->it"}  # fmt: skip
-"""M-BEIR's numbers."""
 SIDES = tuple(product(STYLES, TEXTS))
 
 Side = tuple[str, str]

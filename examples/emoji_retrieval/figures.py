@@ -14,8 +14,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from gcl_kernels.retrieval.datasets import MODALITIES
+
 from .evaluate import CUTOFFS, Embeddings
-from .export import MODALITIES
 from .report import MODELS, Hits
 from .train import History
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 import gcl_kernels
+from gcl_kernels.retrieval.datasets import MODALITIES
+from gcl_kernels.retrieval.report import markdown_table
 
 from .evaluate import CUTOFFS, POOLS
-from .export import MODALITIES
 from .train import LOSSES
 
 MODELS = ("before", *LOSSES)
@@ -44,18 +45,6 @@ Hits = Mapping[str, Mapping[str, np.ndarray]]
 def spread(values: np.ndarray) -> np.ndarray:
     """Return the sample standard deviation over seeds, the first axis; zero for one seed."""
     return values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a Markdown table whose columns line up as plain text too."""
-    cells = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
-        for row in cells
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def cell(values: np.ndarray, signed: bool = False) -> str:

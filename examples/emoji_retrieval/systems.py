@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import gcl_kernels
 from gcl_kernels.integrations.open_clip import FusedCLIP
+from gcl_kernels.integrations.tinyclip import HEAD_WIDTH, TINYCLIP
 from gcl_kernels.retrieval import CLIPModelEncoder, Encoder, OpenCLIPEncoder, VISTAEncoder
 
 from .drawings import IMAGE_SIZE
@@ -61,7 +62,16 @@ def normalise(images: Tensor) -> Tensor:
     return (images - PIXEL_MEAN) / PIXEL_STD
 
 
-class ClipSF(nn.Module):
+class _CLIP(nn.Module):
+    """Two towers, ``clip``, with a learnt temperature."""
+
+    clip: nn.Module
+
+    def clamp_temperature(self) -> None:
+        self.clip.logit_scale.data.clamp_(0, math.log(100))
+
+
+class ClipSF(_CLIP):
     """open_clip's towers from a small config of our own; score fusion in the loss."""
 
     def __init__(self, temperature: float) -> None:
@@ -79,11 +89,8 @@ class ClipSF(nn.Module):
         prepare = lambda image: normalise(to_tensor(image))  # noqa: E731
         return OpenCLIPEncoder(self.clip, prepare, self.tokenizer, fuse)
 
-    def clamp_temperature(self) -> None:
-        self.clip.logit_scale.data.clamp_(0, math.log(100))
 
-
-class TinyClip(nn.Module):
+class TinyClip(_CLIP):
     """A `transformers.CLIPModel` of TinyCLIP's shape: ViT-8M-16-Text-3M's depths, heads of 64 and
     patches of 16 x 16 pixels, at half its width."""
 
@@ -91,14 +98,21 @@ class TinyClip(nn.Module):
         super().__init__()
         from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-        tower = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
+        sizes = TINYCLIP["TinyCLIP-ViT-8M-16-Text-3M"]
+        width = sizes.vision_width // 2  # the text tower's too
+        tower = {
+            "hidden_size": width, "intermediate_size": 4 * width,
+            "num_attention_heads": width // HEAD_WIDTH,
+        }  # fmt: skip
         self.clip = CLIPModel(
             CLIPConfig(
                 text_config={
-                    **tower, "num_hidden_layers": 3, "max_position_embeddings": CONTEXT,
+                    **tower, "num_hidden_layers": sizes.text_layers,
+                    "max_position_embeddings": CONTEXT,
                 },
                 vision_config={
-                    **tower, "num_hidden_layers": 10, "image_size": IMAGE_SIZE, "patch_size": 16,
+                    **tower, "num_hidden_layers": sizes.vision_layers, "image_size": IMAGE_SIZE,
+                    "patch_size": sizes.patch_size,
                 },
                 projection_dim=256,
                 logit_scale_init_value=math.log(1 / temperature),
@@ -127,9 +141,6 @@ class TinyClip(nn.Module):
 
     def encoder(self, fuse: Literal["sum_raw", "sum_unit"]) -> Encoder:
         return CLIPModelEncoder(self.clip, self.processor, fuse)
-
-    def clamp_temperature(self) -> None:
-        self.clip.logit_scale.data.clamp_(0, math.log(100))
 
 
 class Vista(nn.Module):

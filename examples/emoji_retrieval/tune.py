@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 
+from gcl_kernels.retrieval.report import markdown_table
+
 from .data import EmojiData, load_data
 from .drawings import DEFAULT_CACHE
 from .evaluate import CUTOFFS, load_tasks, nine_tasks
 from .export import export
-from .report import markdown_table
 from .systems import SYSTEMS, System
 from .train import LOSSES, begin, train
 

@@ -26,7 +26,6 @@ from torch import Tensor
 from gcl_kernels.backends.base import Backend
 from gcl_kernels.blocks import Block, plan_blocks
 from gcl_kernels.problem import (
-    MAX_BOUNDED_SCALE,
     Embedded,
     FusedProblem,
     Lines,
@@ -36,6 +35,8 @@ from gcl_kernels.problem import (
     Workspace,
     all_kept,
     bounded,
+    empty_gradients,
+    is_bound,
     line_shape,
 )
 from gcl_kernels.spec import ABSENT, NORM_EPS, Bases, BoolTable, LossSpec, NegativesSpec, Pairs
@@ -400,11 +401,11 @@ class Cpu(Backend):
             ids = _readable(ids if mixing is not None else ids.repeat(len(bases)))
         fused = None if mixing is None else _candidates(spec.bases, spec.candidates)
         rows = num_samples if mixing is not None else num_samples * len(bases)
-        grads = [new(num_samples, dim) if needs else new(0) for needs in needs_bases]
+        grads = empty_gradients(bases, scale, needs_bases)
         loss, grad_scale = new(()), new(())
         mixing = None if mixing is None else _readable(mixing)
         grad_mixing = new(len(spec.candidates), 2) if needs_mixing else new(0)
-        bound = spec.normalize and 0 <= value <= MAX_BOUNDED_SCALE
+        bound = is_bound(value, spec.normalize)
         own, id_address = _own_pairs(spec.bases, spec.own_pairs), _address(ids)
         of_samples = (len(bases), num_samples, dim, spec.normalize, NORM_EPS, value)
         _function("loss", scale.dtype)(

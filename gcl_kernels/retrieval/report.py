@@ -41,7 +41,7 @@ def task_table(results: Sequence[Result], title: str = "") -> str:
         [f"{query} \u2192", *[_percent(cells.get(f"{query}->{c}")) for c in MODALITIES]]
         for query in MODALITIES
     ]
-    return _markdown([corner, *MODALITIES], rows)
+    return markdown_table([corner, *MODALITIES], rows)
 
 
 def task_means(results: Iterable[Result]) -> dict[str, float]:
@@ -70,7 +70,7 @@ def dataset_table(results: Sequence[Result]) -> str:
             title = f"mean ({pool})" if pool else "mean"
             rows.append([title, "", "", "", _percent(sum(mains) / len(mains))])
     header = ["data set", "task", "queries", "candidates", "reported", *names]
-    return _markdown(header, [row + [""] * (len(header) - len(row)) for row in rows])
+    return markdown_table(header, [row + [""] * (len(header) - len(row)) for row in rows])
 
 
 def save_json(results: Sequence[Result], path: str | os.PathLike[str], **about: Any) -> None:
@@ -160,7 +160,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up as plain text too."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
