@@ -103,6 +103,7 @@ class TinyClip(_CLIP):
         tower = {
             "hidden_size": width, "intermediate_size": 4 * width,
             "num_attention_heads": width // HEAD_WIDTH,
+            "hidden_act": "gelu",  # as TinyCLIP, where transformers' CLIP has quick GELU
         }  # fmt: skip
         self.clip = CLIPModel(
             CLIPConfig(
@@ -236,6 +237,6 @@ SYSTEMS = {
     "clip_sf": System(ClipSF, "CLIP-SF", 300, 128, 0.07, {"CL": 2e-3, "GCL": 2e-3}),
     "tinyclip": System(TinyClip, "TinyCLIP", 120, 128, 0.07, {"CL": 1e-3, "GCL": 1e-3}),
     "vista": System(
-        Vista, "VISTA", 50, 64, 0.02, {"CL": 1.25e-4, "GCL": 5e-4}, ("joint", "sum"), 150
+        Vista, "VISTA", 50, 64, 0.02, {"CL": 3e-5, "GCL": 2.5e-4}, ("joint", "sum"), 150
     ),
 }

@@ -25,7 +25,7 @@ from .systems import SYSTEMS, System
 from .train import LOSSES, begin, train
 
 SEED = 100
-RATES = (6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+RATES = (1.5e-5, 3e-5, 6e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 
 def search(system: System, data: EmojiData, given: argparse.Namespace) -> list[dict[str, object]]:
