@@ -218,3 +218,31 @@ def plan_rectangle(
         if candidates[a][m] or candidates[m][a]
         for col in col_cuts
     )
+
+
+@lru_cache(maxsize=256)
+def plan_extra(
+    num_samples: int,
+    anchors: tuple[bool, ...],
+    num_extra: int,
+    block_rows: int,
+    per_view: bool = False,
+) -> tuple[Block, ...]:
+    """The blocks between all views' rows and extra candidates, which serve the rows' anchors.
+
+    Args:
+        anchors: for each view, whether its rows meet them.
+        num_extra: columns.
+        per_view: cut at view boundaries even where all views meet them.
+    """
+    segments = [
+        (v * num_samples, (v + 1) * num_samples) for v, meets in enumerate(anchors) if meets
+    ]
+    if all(anchors) and not per_view:
+        segments = [(0, len(anchors) * num_samples)]
+    return tuple(
+        Block(*rows, *cols, True, False, False, ())
+        for segment in segments
+        for rows in _cut(*segment, block_rows)
+        for cols in _cut(0, num_extra, block_rows)
+    )

@@ -92,6 +92,14 @@ def _group(name: str) -> Any:
     return dist.distributed_c10d._resolve_process_group(name.partition(":")[2])
 
 
+def mean_of_group(value: Tensor, name: str) -> Tensor:
+    """The processes' mean of a 0-d tensor, on its device and without a gradient."""
+    collectives = torch.distributed._functional_collectives
+    group = _group(name)
+    total = collectives.all_reduce(value, "sum", group)
+    return collectives.wait_tensor(total) / group.size()
+
+
 def empty_agreement(like: Tensor, name: str = WITHOUT_GROUP) -> Tensor:
     """Memory of the host for what :func:`agree` returns. Without a group empty, and where ``like``
     is: an operator of which all is on one device stays in one CUDA graph."""

@@ -39,22 +39,34 @@ def _world(agreement: Size) -> int:
     return max(1, agreement.numel() - 1)
 
 
+def _beyond(spec: NegativesSpec, extra: Sequence[Any], num_samples: int) -> int:
+    """Operations of one product of the anchors' views with extra negatives."""
+    if not spec.extra_anchors:
+        return 0
+    num_extra, dim = extra[0]
+    return 2 * sum(spec.extra_anchors) * num_samples * num_extra * dim
+
+
 def _forward(*args: Any, out_shape: Any) -> int:
-    *_, text, needs_grad = args
+    *_, extra, text, needs_grad = args
+    spec = parse_spec(text)
     _, num_samples, dim = out_shape[2]
-    logits, _ = _products(parse_spec(text), needs_grad)
-    return int(logits * 2 * num_samples**2 * dim) * _world(out_shape[-1])
+    logits, _ = _products(spec, needs_grad)
+    square = int(logits * 2 * num_samples**2 * dim) * _world(out_shape[-1])
+    return square + _beyond(spec, extra, num_samples)
 
 
 def _backward(*args: Any, out_shape: Any) -> int:
-    *_, saved, _grad, _grad_own, text, needs_grad = args
+    *_, extra, saved, _grad, _grad_own, text, needs_grad = args
+    spec = parse_spec(text)
     z, *_, kept, agreement, _lse = saved
     _, num_samples, dim = z
-    logits, gradients = _products(parse_spec(text), needs_grad)
+    logits, gradients = _products(spec, needs_grad)
     product = 2 * num_samples**2 * dim * _world(agreement)
     # A kept block on the diagonal holds both halves, so that all kept tiles may be more than all.
     again = max(int(logits * product) - 2 * dim * kept.numel(), 0)
-    return again + int(gradients * product)
+    sides = 1 + any(needs_grad) + spec.extra_grad
+    return again + int(gradients * product) + sides * _beyond(spec, extra, num_samples)
 
 
 _FORMULAS: dict[Any, Callable[..., int]] = {

@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gcl_kernels.dispatch import check_backend, resolve_backend
 from gcl_kernels.distributed import check_group, resolve_group
 from gcl_kernels.operators import negatives, small_loss
-from gcl_kernels.problem import SampleData
+from gcl_kernels.positives import margin_limits, same_id_loss, unit_views
+from gcl_kernels.problem import Extra, SampleData
 from gcl_kernels.spec import (
-    ABSENT,
     CROSS,
     DEFAULT_TEMPERATURE,
     BackendName,
@@ -36,10 +35,12 @@ from gcl_kernels.spec import (
     OtherPositives,
     Pairs,
     Reduction,
+    SameId,
     SelfSimilarity,
     Table,
     accum_dtype_of,
     candidate_table,
+    check_anchors,
     check_compute_dtype,
     check_fusion_weights,
     check_normalize,
@@ -47,62 +48,26 @@ from gcl_kernels.spec import (
     check_views,
     is_dtensor,
     make_loss_spec,
+    resolve_candidate_weights,
     resolve_compute_dtype,
+    resolve_extra,
+    resolve_present,
     resolve_sample_ids,
     resolve_scale,
     view_list,
     warn_of_temperature,
 )
+from gcl_kernels.terms import Batch, reduce_terms
 
 
-def _table(rows: Sequence[Sequence[Any]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A small constant on the device, without the synchronising copy that a GPU would need."""
-    if device.type == "cpu":
-        return torch.tensor(rows, dtype=dtype, device=device)
-    table = torch.full((len(rows), len(rows)), rows[0][1], dtype=dtype, device=device)
-    for a, row in enumerate(rows):
-        for b, entry in enumerate(row):
-            if entry != rows[0][1]:
-                table[a, b].fill_(entry)  # assigning would copy a scalar tensor from the host
-    return table
+class _Candidates(NamedTuple):
+    """What says which candidates there are beyond ids, as a user gave it."""
 
-
-def _log_ratio(neg_lse: Tensor, own_logits: Tensor, spec: LossSpec) -> Tensor:
-    """[V, V, N]: the log of the positive's share of its denominator."""
-    views = range(spec.num_views)
-    device = neg_lse.device
-    keeps_self = spec.self_similarity == "keep"
-    if spec.other_positives == "compete" and spec.num_views > 2:
-        competes = [
-            [spec.candidates[a][b] and (a != b or keeps_self) for b in views] for a in views
-        ]
-        if all(competes[a][b] or (a == b and not keeps_self) for a in views for b in views):
-            # Without the negatives' own entry, whose weight is zero and which may be -inf.
-            return torch.cat([neg_lse.unsqueeze(1), own_logits], 1).log_softmax(1)[:, 1:]
-        mask = ~_table(competes, torch.bool, device).unsqueeze(-1)
-        terms = torch.cat([neg_lse.unsqueeze(1), own_logits.masked_fill(mask, ABSENT)], 1)
-        log_den = terms.logsumexp(1)
-        if all(any(row) for row in competes):
-            return own_logits - log_den.unsqueeze(1)
-        # Some denominators hold nothing of their own sample, and without a negative nothing at all:
-        # log 0, not ABSENT; and zero times the infinite loss of such a pair is not zero.
-        alone = _table([[not any(row)] * len(row) for row in competes], torch.bool, device)
-        log_den = torch.where(alone[:, :1], neg_lse, log_den)
-        unweighted = [[weight == 0 for weight in row] for row in spec.pair_weights]
-        mask = _table(unweighted, torch.bool, device).unsqueeze(-1)
-        return (own_logits - log_den.unsqueeze(1)).masked_fill(mask, 0)
-    # No other positive in the denominator: -log(1 + exp(log(den - own term) - x)). Its gradient
-    # keeps full relative precision where the batch is nearly solved.
-    rest = neg_lse
-    if keeps_self:
-        rest = torch.logaddexp(neg_lse, torch.stack([own_logits[a, a] for a in views]))
-    margin = own_logits - rest.unsqueeze(1)
-    log_ratio = F.logsigmoid(margin)
-    inside = [[spec.candidates[a][b] or spec.pair_weights[a][b] == 0 for b in views] for a in views]
-    if not all(all(row) for row in inside):
-        # The positive is no candidate: it is not in its denominator (a decoupled loss).
-        log_ratio = torch.where(_table(inside, torch.bool, device).unsqueeze(-1), log_ratio, margin)
-    return log_ratio
+    present: Any
+    extra_negatives: Any
+    extra_ids: Any
+    extra_anchors: Any
+    weights: Any
 
 
 class _Arguments(NamedTuple):
@@ -116,6 +81,7 @@ class _Arguments(NamedTuple):
     backend: BackendName
     group: Group
     exchange: ExchangeName
+    candidates: _Candidates
 
 
 def _prepare(
@@ -124,21 +90,27 @@ def _prepare(
     own_pairs: Pairs,
     given: _Arguments,
     mixed: Bases | None = None,
-) -> tuple[Tensor, SampleData, NegativesSpec]:
+) -> tuple[Tensor, SampleData, Extra, NegativesSpec]:
     """Check the arguments that all losses share: the scale as a tensor, what samples are given
-    beside their embeddings, and the spec."""
+    beside their embeddings, extra negatives, and the spec."""
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         raise RuntimeError(
             "torch.jit.trace: expected torch.compile or torch.export; a trace keeps this batch's "
             "number of samples and is silently wrong for another"
         )
-    data = SampleData(resolve_sample_ids(given.sample_ids, views[0]))
+    first, num_views, of = views[0], len(candidates), given.candidates
+    ids = resolve_sample_ids(given.sample_ids, first)
     check_normalize(given.normalize)
-    device = views[0].device
-    compute_dtype = resolve_compute_dtype(given.compute_dtype, views)
-    scale, max_scale = resolve_scale(
-        given.logit_scale, given.temperature, device, accum_dtype_of(compute_dtype)
+    device = first.device
+    beyond, extra_ids, anchors = resolve_extra(
+        of.extra_negatives, of.extra_ids, of.extra_anchors, num_views, first
     )
+    if extra_ids is not None and ids is None:
+        raise ValueError("extra_ids: expected sample_ids to compare them with, got None")
+    inputs = views if beyond is None else (*views, beyond)
+    compute_dtype = resolve_compute_dtype(given.compute_dtype, inputs)
+    accum_dtype = accum_dtype_of(compute_dtype)
+    scale, max_scale = resolve_scale(given.logit_scale, given.temperature, device, accum_dtype)
     warn_of_temperature(max_scale, given.normalize)
     backend = resolve_backend(given.backend, device, compute_dtype)
     spec = NegativesSpec(
@@ -151,8 +123,10 @@ def _prepare(
         backend,
         resolve_group(given.group, given.exchange, backend),
         given.exchange,
+        anchors,
     )
-    return scale, data, spec
+    log_weights = resolve_candidate_weights(of.weights, num_views, first, accum_dtype)
+    return scale, SampleData(ids, log_weights), Extra(beyond, extra_ids), spec
 
 
 def _loss(
@@ -163,32 +137,52 @@ def _loss(
 ) -> Tensor:
     """Of views that are given, or of two with ``fusion_weights``: these and their sum."""
     mixed = None if fusion_weights is None else (0, 1, None)
-    scale, data, static = _prepare(views, spec.candidates, spec.own_pairs, given, mixed)
+    scale, data, extra, static = _prepare(views, spec.candidates, spec.own_pairs, given, mixed)
     mixing = None
     if fusion_weights is not None:
         mixing = _mixing(fusion_weights, scale.dtype, views[0].device)
-    if spec.reduction != "none":
+    present = resolve_present(given.candidates.present, len(views), views[0])
+    plain = present is None and extra.embeddings is None and spec.same_id == "ignore"
+    if plain and spec.reduction in ("mean", "sum"):
         loss = small_loss(views, mixing, scale, data, static, spec)
         if loss is not None:
             return loss
-    return _reduce(*negatives(views, mixing, scale, data, static), spec)
+    if present is not None:
+        # What lies in an absent one's row, NaN too, is not read.
+        views = [
+            view.masked_fill(~of.unsqueeze(1), 0) for view, of in zip(views, present, strict=True)
+        ]
+        if mixing is not None:
+            present = torch.cat([present, present.all(0, keepdim=True)])
+        log_weights = torch.zeros_like(present, dtype=scale.dtype)
+        if data.log_weights is not None:
+            log_weights = data.log_weights
+        data = data._replace(log_weights=log_weights.masked_fill(~present, -torch.inf))
+    ids = data.sample_ids
+    if spec.same_id == "positive":
+        _check_same_id(ids, static)
+        data = data._replace(sample_ids=None)
+        if extra.ids is not None:
+            extra = extra._replace(anchor_ids=ids)
+    if spec.false_negative_margin is not None:
+        with torch.no_grad():
+            z = unit_views(views, mixing, static)
+            data = data._replace(limits=margin_limits(z, scale, present, spec))
+    neg_lse, own_logits, sizes = negatives(views, mixing, scale, data, extra, static)
+    batch = Batch(neg_lse, own_logits, sizes, static.group, present)
+    if spec.same_id == "positive" and ids is not None:
+        return same_id_loss(batch, unit_views(views, mixing, static), ids, scale, spec)
+    return reduce_terms(batch, spec)
 
 
-def _reduce(neg_lse: Tensor, own_logits: Tensor, sizes: Tensor | None, spec: LossSpec) -> Tensor:
-    """The loss from ``neg_lse`` [V, N], ``own_logits`` [V, V, N] and, of many processes, their
-    numbers of samples."""
-    means = spec.reduction == "mean"
-    divisor = neg_lse.shape[1] if means and sizes is None else 1
-    weights = [[-weight / divisor for weight in row] for row in spec.pair_weights]
-    table = _table(weights, neg_lse.dtype, neg_lse.device).unsqueeze(-1)
-    losses = table * _log_ratio(neg_lse, own_logits, spec)
-    if spec.reduction == "none":
-        return losses.sum((0, 1))
-    if means and sizes is not None:
-        # The processes' average is then the mean of all samples, whatever each one's number. A
-        # 0-d tensor on the CPU meets one on any device.
-        return losses.sum() / sizes.to(neg_lse.dtype).mean()
-    return losses.sum()
+def _check_same_id(ids: Tensor | None, static: NegativesSpec) -> None:
+    if ids is None:
+        raise ValueError("same_id: 'positive' needs sample_ids, got None")
+    if static.group:
+        raise ValueError(
+            "same_id: 'positive' is of one process, whose samples are positives of each other; got "
+            "a group of several"
+        )
 
 
 def multiview_contrastive_loss(
@@ -200,6 +194,13 @@ def multiview_contrastive_loss(
     pair_weights: Table | None = None,
     candidates: Table | None = None,
     sample_ids: Tensor | None = None,
+    same_id: SameId = "ignore",
+    present: Tensor | Sequence[Tensor | None] | None = None,
+    extra_negatives: Tensor | None = None,
+    extra_ids: Tensor | None = None,
+    extra_anchors: Sequence[bool] | None = None,
+    candidate_weights: Tensor | None = None,
+    false_negative_margin: float | None = None,
     self_similarity: SelfSimilarity = "mask",
     other_positives: OtherPositives = "compete",
     reduction: Reduction = "mean",
@@ -225,11 +226,13 @@ def multiview_contrastive_loss(
         raise ValueError(f"views: expected at least 2, got {len(views)}")
     check_views(views, [f"views[{v}]" for v in range(len(views))])
     spec = make_loss_spec(
-        len(views), pair_weights, candidates, self_similarity, other_positives, reduction
-    )
+        len(views), pair_weights, candidates, self_similarity, other_positives, reduction, same_id,
+        false_negative_margin,
+    )  # fmt: skip
     given = _Arguments(
-        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
-    )
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange,
+        _Candidates(present, extra_negatives, extra_ids, extra_anchors, candidate_weights),
+    )  # fmt: skip
     return _loss(views, spec, given)
 
 
@@ -279,6 +282,13 @@ def gcl_loss(
     pair_weights: Table | None = None,
     candidates: Table | None = None,
     sample_ids: Tensor | None = None,
+    same_id: SameId = "ignore",
+    present: Tensor | Sequence[Tensor | None] | None = None,
+    extra_negatives: Tensor | None = None,
+    extra_ids: Tensor | None = None,
+    extra_anchors: Sequence[bool] | None = None,
+    candidate_weights: Tensor | None = None,
+    false_negative_margin: float | None = None,
     self_similarity: SelfSimilarity = "mask",
     other_positives: OtherPositives = "compete",
     fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
@@ -347,10 +357,14 @@ def gcl_loss(
             ``group="world"`` without ``torch.distributed``.
         NotImplementedError: on differentiating the gradient (``backend="reference"`` can).
     """
-    spec = make_loss_spec(3, pair_weights, candidates, self_similarity, other_positives, reduction)
+    spec = make_loss_spec(
+        3, pair_weights, candidates, self_similarity, other_positives, reduction, same_id,
+        false_negative_margin,
+    )  # fmt: skip
     given = _Arguments(
-        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
-    )
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange,
+        _Candidates(present, extra_negatives, extra_ids, extra_anchors, candidate_weights),
+    )  # fmt: skip
     return _gcl(spec, e_i, e_t, e_it, fusion_weights, given)
 
 
@@ -363,6 +377,13 @@ def clip_loss(
     normalize: bool = True,
     pair_weights: Table | None = None,
     sample_ids: Tensor | None = None,
+    same_id: SameId = "ignore",
+    present: Tensor | Sequence[Tensor | None] | None = None,
+    extra_negatives: Tensor | None = None,
+    extra_ids: Tensor | None = None,
+    extra_anchors: Sequence[bool] | None = None,
+    candidate_weights: Tensor | None = None,
+    false_negative_margin: float | None = None,
     reduction: Reduction = "mean",
     compute_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
@@ -375,10 +396,14 @@ def clip_loss(
     for each direction). Equals ``open_clip.ClipLoss`` on unit vectors.
     """
     check_views((e_i, e_t), ("e_i", "e_t"))
-    spec = make_loss_spec(2, pair_weights, CROSS, reduction=reduction)
+    spec = make_loss_spec(
+        2, pair_weights, CROSS, reduction=reduction, same_id=same_id,
+        false_negative_margin=false_negative_margin,
+    )  # fmt: skip
     given = _Arguments(
-        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
-    )
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange,
+        _Candidates(present, extra_negatives, extra_ids, extra_anchors, candidate_weights),
+    )  # fmt: skip
     return _loss((e_i, e_t), spec, given)
 
 
@@ -391,6 +416,13 @@ def nt_xent_loss(
     normalize: bool = True,
     pair_weights: Table | None = None,
     sample_ids: Tensor | None = None,
+    same_id: SameId = "ignore",
+    present: Tensor | Sequence[Tensor | None] | None = None,
+    extra_negatives: Tensor | None = None,
+    extra_ids: Tensor | None = None,
+    extra_anchors: Sequence[bool] | None = None,
+    candidate_weights: Tensor | None = None,
+    false_negative_margin: float | None = None,
     self_similarity: SelfSimilarity = "mask",
     reduction: Reduction = "mean",
     compute_dtype: torch.dtype | None = None,
@@ -404,10 +436,14 @@ def nt_xent_loss(
     ``pair_weights`` (default 1/2 for each direction).
     """
     check_views((e_1, e_2), ("e_1", "e_2"))
-    spec = make_loss_spec(2, pair_weights, None, self_similarity, reduction=reduction)
+    spec = make_loss_spec(
+        2, pair_weights, None, self_similarity, reduction=reduction, same_id=same_id,
+        false_negative_margin=false_negative_margin,
+    )  # fmt: skip
     given = _Arguments(
-        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
-    )
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange,
+        _Candidates(present, extra_negatives, extra_ids, extra_anchors, candidate_weights),
+    )  # fmt: skip
     return _loss((e_1, e_2), spec, given)
 
 
@@ -419,6 +455,10 @@ def neg_lse(
     normalize: bool = True,
     candidates: Table | None = None,
     sample_ids: Tensor | None = None,
+    extra_negatives: Tensor | None = None,
+    extra_ids: Tensor | None = None,
+    extra_anchors: Sequence[bool] | None = None,
+    candidate_weights: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
     group: Group = None,
@@ -438,6 +478,8 @@ def neg_lse(
             view without any candidate gets -inf.
         sample_ids: N integers; embeddings with equal ids are no negatives of each other. Default:
             all different.
+        extra_negatives, extra_ids, extra_anchors, candidate_weights: as for
+            :func:`gcl_kernels.gcl_loss`.
         compute_dtype, backend, group, exchange: as for :func:`gcl_kernels.gcl_loss`; each process
             gets the rows of its own samples.
 
@@ -455,10 +497,11 @@ def neg_lse(
     check_views(views, [f"views[{v}]" for v in range(len(views))])
     table = candidate_table(candidates, len(views))
     given = _Arguments(
-        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange
-    )
-    scale, data, spec = _prepare(views, table, (), given)
-    return negatives(views, None, scale, data, spec)[0]
+        logit_scale, temperature, normalize, sample_ids, compute_dtype, backend, group, exchange,
+        _Candidates(None, extra_negatives, extra_ids, extra_anchors, candidate_weights),
+    )  # fmt: skip
+    scale, data, extra, spec = _prepare(views, table, (), given)
+    return negatives(views, None, scale, data, extra, spec)[0]
 
 
 class GCLLoss(nn.Module):
@@ -491,6 +534,9 @@ class GCLLoss(nn.Module):
         normalize: bool = True,
         pair_weights: Table | None = None,
         candidates: Table | None = None,
+        same_id: SameId = "ignore",
+        extra_anchors: Sequence[bool] | None = None,
+        false_negative_margin: float | None = None,
         self_similarity: SelfSimilarity = "mask",
         other_positives: OtherPositives = "compete",
         fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
@@ -502,8 +548,9 @@ class GCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = make_loss_spec(
-            3, pair_weights, candidates, self_similarity, other_positives, reduction
-        )
+            3, pair_weights, candidates, self_similarity, other_positives, reduction, same_id,
+            false_negative_margin,
+        )  # fmt: skip
         temperature = DEFAULT_TEMPERATURE if temperature is None else temperature
         temperature = check_positive("temperature", temperature)
         max_logit_scale = check_positive("max_logit_scale", max_logit_scale)
@@ -521,6 +568,7 @@ class GCLLoss(nn.Module):
         self.max_logit_scale = max_logit_scale
         self.normalize = normalize
         self.alpha, self.beta = check_fusion_weights(fusion_weights)
+        self.extra_anchors = check_anchors(extra_anchors, 3)
         self.compute_dtype = compute_dtype
         self.backend = backend
         self.group = group
@@ -558,6 +606,10 @@ class GCLLoss(nn.Module):
         logit_scale: float | Tensor | None = None,
         *,
         sample_ids: Tensor | None = None,
+        present: Tensor | Sequence[Tensor | None] | None = None,
+        extra_negatives: Tensor | None = None,
+        extra_ids: Tensor | None = None,
+        candidate_weights: Tensor | None = None,
     ) -> Tensor:
         """As :func:`gcl_loss`; a ``logit_scale`` given here replaces the fixed temperature.
 
@@ -586,7 +638,9 @@ class GCLLoss(nn.Module):
         elif logit_scale is None:
             temperature = self.temperature
         place = self.compute_dtype, self.backend, self.group, self.exchange
-        given = _Arguments(logit_scale, temperature, self.normalize, sample_ids, *place)
+        anchors = None if extra_negatives is None else self.extra_anchors
+        of = _Candidates(present, extra_negatives, extra_ids, anchors, candidate_weights)
+        given = _Arguments(logit_scale, temperature, self.normalize, sample_ids, *place, of)
         return _gcl(self.spec, e_i, e_t, e_it, (self.alpha, self.beta), given)
 
     def extra_repr(self) -> str:

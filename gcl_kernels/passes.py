@@ -22,14 +22,15 @@ from gcl_kernels.distributed import (
     lines_for_others,
     lines_that_meet,
 )
-from gcl_kernels.problem import Embedded, Problem, SampleData, finite_scale, subtractable
+from gcl_kernels.extra import Rectangle
+from gcl_kernels.problem import Embedded, Extra, Problem, SampleData, finite_scale, subtractable
 from gcl_kernels.roads.base import Road, add_share
 from gcl_kernels.roads.fused import Fused
 from gcl_kernels.roads.views import Views
 from gcl_kernels.spec import NegativesSpec
 
 Data = Sequence[Tensor | None]
-"""A :class:`SampleData`, as an operator has it."""
+"""A :class:`SampleData` or an :class:`Extra`, as an operator has it."""
 
 
 def make_road(
@@ -45,6 +46,7 @@ def forward(
     mixing: Tensor | None,
     scale: Tensor,
     data: Data,
+    extra: Data,
     spec: NegativesSpec,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -64,6 +66,8 @@ def forward(
     neg_lse = neg_lse.view(*own_logits.shape[1:])  # a torch.Size is parsed more slowly
     if others is not None:
         neg_lse = _with_others(road, others, problem, neg_lse)
+    if spec.extra_anchors:
+        neg_lse = torch.logaddexp(neg_lse, Rectangle(road, Extra(*extra), scale).lse())
     return neg_lse, own_logits, *embedded, kept, agreement
 
 
@@ -85,13 +89,15 @@ def backward(
     bases: Sequence[Tensor],
     scale: Tensor,
     data: Data,
+    extra: Data,
     saved: Sequence[Tensor],
     grad_neg_lse: Tensor,
     grad_own_logits: Tensor,
     spec: NegativesSpec,
     needs_grad: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of the bases, of ``mixing`` and of the scale, as :meth:`Backend.gradients`.
+    """Gradients of the bases, of ``mixing`` and of the scale, as :meth:`Backend.gradients`, and of
+    extra negatives where there are any.
 
     Args:
         saved: what :func:`forward` gave, and ``neg_lse``.
@@ -109,12 +115,17 @@ def backward(
     if others is not None:
         part = _add_gradient_of_others(road, others, problem, lines, sums, inner)
         share = add_share(share, part)
+    of_extra: list[Tensor] = []
+    if spec.extra_anchors:
+        rectangle = Rectangle(road, Extra(*extra), scale)
+        grad_extra, part = rectangle.gradient(neg_lse, grad, sums, inner)
+        of_extra, share = [grad_extra], add_share(share, part)
     grads = road.backend.gradients(
         bases, scale, embedded, sums, inner, grad_own_logits, spec, needs_grad
     )
     if share is not None:
         grads[-1] += share
-    return grads
+    return grads + of_extra
 
 
 def _gradient(

@@ -60,6 +60,20 @@ class SampleData(NamedTuple):
         return SampleData(*(None if of is None else next(others) for of in self))
 
 
+class Extra(NamedTuple):
+    """Candidates beyond the batch: negatives of its anchors, and of this process's alone.
+
+    Attributes:
+        embeddings: [K, D], as they are given; None: there are none.
+        ids: int64 [K], or None: they are of no sample of the batch.
+        anchor_ids: int64 [N] that ``ids`` are compared with, where these are not ``sample_ids``.
+    """
+
+    embeddings: Tensor | None = None
+    ids: Tensor | None = None
+    anchor_ids: Tensor | None = None
+
+
 class Embedded(NamedTuple):
     """What the losses' O(M D) side makes of ``B`` bases, for ``V`` views of ``N`` samples.
 

@@ -54,7 +54,8 @@ Table = Sequence[Sequence[float]] | Array
 Group = ProcessGroup | Literal["world"] | None
 SelfSimilarity = Literal["mask", "keep"]
 OtherPositives = Literal["compete", "exclude"]
-Reduction = Literal["mean", "sum", "none"]
+Reduction = Literal["mean", "sum", "none", "pairs"]
+SameId = Literal["ignore", "positive"]
 BackendName = Literal["auto", "reference", "tiled", "cpu", "triton", "cuda"]
 ExchangeName = Literal["gather", "ring"]
 
@@ -80,6 +81,8 @@ class NegativesSpec(NamedTuple):
         backend: a name of ``dispatch.BACKENDS``, already resolved.
         group: the name of the process group whose embeddings meet, empty for this process alone.
         exchange: how shards travel, an ``ExchangeName``.
+        extra_anchors: for each view, whether its anchors meet the extra negatives; empty without.
+        extra_grad: whether extra negatives get a gradient.
     """
 
     candidates: BoolTable
@@ -91,6 +94,8 @@ class NegativesSpec(NamedTuple):
     backend: str
     group: str = ""
     exchange: str = "gather"
+    extra_anchors: tuple[bool, ...] = ()
+    extra_grad: bool = False
 
     @property
     def accum_dtype(self) -> torch.dtype:
@@ -135,9 +140,12 @@ class LossSpec:
         self_similarity: ``"mask"`` or ``"keep"`` the anchor itself in its denominator.
         other_positives: ``"compete"`` keeps the other views of the anchor's sample in every
             denominator of the row, ``"exclude"`` leaves them out.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"``, ``"sum"``, ``"none"`` or ``"pairs"``.
         own_pairs: unordered view pairs ``(a, b)``, ``a <= b``, whose own-sample similarity is
             needed.
+        same_id: samples of an equal id are ``"ignore"``d, or ``"positive"`` for each other.
+        false_negative_margin: above the anchor's largest positive by so much, as a similarity,
+            another sample is no negative; None: it always is one.
     """
 
     candidates: BoolTable
@@ -146,6 +154,8 @@ class LossSpec:
     other_positives: str
     reduction: str
     own_pairs: Pairs
+    same_id: str = "ignore"
+    false_negative_margin: float | None = None
 
     @property
     def num_views(self) -> int:
@@ -207,23 +217,155 @@ def view_list(views: Any) -> list[Any]:
     return list(views)
 
 
-def resolve_sample_ids(sample_ids: Tensor | None, like: Tensor) -> Tensor | None:
+def resolve_sample_ids(
+    sample_ids: Tensor | None, like: Tensor, name: str = "sample_ids"
+) -> Tensor | None:
     """``sample_ids`` as int64; raises unless it is None or N integers on the embeddings' device."""
     if sample_ids is None:
         return None
     if not isinstance(sample_ids, Tensor):
         raise TypeError(
-            f"sample_ids: expected an integer tensor of shape [N], got {type(sample_ids).__name__}"
+            f"{name}: expected an integer tensor of shape [N], got {type(sample_ids).__name__}"
         )
     if sample_ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(
-            f"sample_ids: expected dtype int64, int32, int16, int8 or uint8, got {sample_ids.dtype}"
+            f"{name}: expected dtype int64, int32, int16, int8 or uint8, got {sample_ids.dtype}"
         )
     if sample_ids.dim() != 1 or sample_ids.shape[0] != like.shape[0]:
-        raise ValueError(f"sample_ids: expected shape [{like.shape[0]}], got {_shape(sample_ids)}")
+        raise ValueError(f"{name}: expected shape [{like.shape[0]}], got {_shape(sample_ids)}")
     if sample_ids.device != like.device:
-        raise ValueError(f"sample_ids: expected device {like.device}, got {sample_ids.device}")
+        raise ValueError(f"{name}: expected device {like.device}, got {sample_ids.device}")
     return sample_ids.to(torch.int64).contiguous()
+
+
+def _values_are_read(tensor: Tensor) -> bool:
+    """Whether values may be checked: where that neither waits for a device nor breaks a graph."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def _table_of_samples(name: str, value: Any, num_views: int, like: Tensor) -> Tensor:
+    """``value`` as a tensor [V, N] of constants; raises unless it is one."""
+    refuse_dtensor(name, value)
+    shape = [num_views, like.shape[0]]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shape}, got {type(value).__name__}")
+    if list(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {_shape(value)}")
+    if value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
+    if value.requires_grad:
+        raise ValueError(f"{name}: expected constants, got a tensor that requires a gradient")
+    return value
+
+
+def resolve_present(present: Any, num_views: int, like: Tensor) -> Tensor | None:
+    """``present`` as booleans [V, N] of the given views.
+
+    Raises:
+        TypeError, ValueError: not None, nor booleans [V, N], nor V masks [N] of which some may be
+            None; on a CPU, if nothing is there at all.
+    """
+    if present is None:
+        return None
+    if isinstance(present, (list, tuple)):
+        for v, mask in enumerate(present):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise TypeError(
+                    f"present[{v}]: expected booleans [N] or None, got {type(mask).__name__}"
+                )
+        everywhere = torch.ones(like.shape[0], dtype=torch.bool, device=like.device)
+        masks = [everywhere if mask is None else mask for mask in present]
+        if len(masks) != num_views or any(mask.shape != everywhere.shape for mask in masks):
+            raise ValueError(
+                f"present: expected {num_views} masks of shape {_shape(everywhere)}, got "
+                f"{[_shape(mask) for mask in masks]}"
+            )
+        present = torch.stack(masks)
+    present = _table_of_samples("present", present, num_views, like)
+    if present.dtype != torch.bool:
+        raise TypeError(f"present: expected dtype bool, got {present.dtype}")
+    if _values_are_read(present) and not present.any():
+        raise ValueError("present: expected at least one embedding to be there, got none")
+    return present
+
+
+def resolve_candidate_weights(
+    weights: Any, num_views: int, like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """The logarithms of ``candidate_weights`` [V, N] in this dtype.
+
+    Raises:
+        TypeError, ValueError: neither None nor floating [V, N]; on a CPU, negative or not finite.
+    """
+    if weights is None:
+        return None
+    weights = _table_of_samples("candidate_weights", weights, num_views, like)
+    if not weights.dtype.is_floating_point:
+        raise TypeError(f"candidate_weights: expected a floating dtype, got {weights.dtype}")
+    if _values_are_read(weights) and not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError("candidate_weights: expected finite numbers >= 0, got others")
+    return weights.to(dtype).log()
+
+
+def resolve_extra(
+    embeddings: Any, ids: Any, anchors: Any, num_views: int, like: Tensor
+) -> tuple[Tensor | None, Tensor | None, tuple[bool, ...]]:
+    """Extra negatives [K, D], their ids [K] and, for each view, whether its anchors meet them.
+
+    Raises:
+        TypeError, ValueError: malformed, or ids or anchors without extra negatives.
+    """
+    if embeddings is None:
+        for name, value in (("extra_ids", ids), ("extra_anchors", anchors)):
+            if value is not None:
+                raise ValueError(f"{name}: expected extra_negatives with it, got None")
+        return None, None, ()
+    name = "extra_negatives"
+    refuse_dtensor(name, embeddings)
+    if not isinstance(embeddings, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor of shape [K, D], got {type(embeddings).__name__}"
+        )
+    if embeddings.dtype not in FLOAT_DTYPES or embeddings.layout != torch.strided:
+        raise TypeError(
+            f"{name}: expected dtype float64, float32, bfloat16 or float16, dense, got "
+            f"{embeddings.dtype}, layout {embeddings.layout}"
+        )
+    if embeddings.dim() != 2 or embeddings.shape[1] != like.shape[1] or not len(embeddings):
+        raise ValueError(
+            f"{name}: expected shape [K, {like.shape[1]}], K >= 1, got {_shape(embeddings)}"
+        )
+    if embeddings.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {embeddings.device}")
+    anchors = check_anchors(anchors, num_views) or (True,) * num_views
+    return embeddings, resolve_sample_ids(ids, embeddings, "extra_ids"), anchors
+
+
+def check_anchors(anchors: Any, num_views: int) -> tuple[bool, ...] | None:
+    """``extra_anchors`` as V booleans, of which one is true; raises unless it is such or None."""
+    if anchors is None:
+        return None
+    given = anchors.tolist() if hasattr(anchors, "tolist") else anchors
+    given = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    if len(given) != num_views or not all(isinstance(meets, bool) for meets in given):
+        raise ValueError(f"extra_anchors: expected {num_views} booleans, got {anchors!r}")
+    if not any(given):
+        raise ValueError("extra_anchors: expected at least one true entry, got none")
+    return given
+
+
+def check_margin(margin: Any) -> float | None:
+    """``false_negative_margin`` as a float; raises unless it is None or a finite number >= 0."""
+    margin = plain_number(margin)
+    if margin is None:
+        return None
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(
+            f"false_negative_margin: expected a number or None, got {type(margin).__name__}"
+        )
+    if not 0 <= margin < math.inf:
+        raise ValueError(f"false_negative_margin: expected a finite number >= 0, got {margin}")
+    return float(margin)
 
 
 def check_scalar_tensor(name: str, value: Any, device: torch.device | None) -> None:
@@ -472,6 +614,8 @@ def make_loss_spec(
     self_similarity: SelfSimilarity = "mask",
     other_positives: OtherPositives = "compete",
     reduction: Reduction = "mean",
+    same_id: SameId = "ignore",
+    false_negative_margin: float | None = None,
 ) -> LossSpec:
     """Check a loss's options and put them in normal form.
 
@@ -482,7 +626,8 @@ def make_loss_spec(
     """
     if num_views < 2:
         raise ValueError(f"views: expected at least 2, got {num_views}")
-    choices = (self_similarity, other_positives, reduction)
+    choices = (self_similarity, other_positives, reduction, same_id)
+    margin = None if false_negative_margin is None else check_margin(false_negative_margin)
     # What is no table is checked once for each set of options; Dynamo traces through the cache, and
     # warns.
     if (
@@ -491,8 +636,8 @@ def make_loss_spec(
         and all(isinstance(choice, str) for choice in choices)
         and not torch.compiler.is_compiling()
     ):
-        return _spec_without_tables(num_views, candidates, *choices)
-    return _checked_spec(num_views, pair_weights, candidates, *choices)
+        return _spec_without_tables(num_views, candidates, *choices, margin)
+    return _checked_spec(num_views, pair_weights, candidates, *choices, margin)
 
 
 CROSS: BoolTable = ((False, True), (True, False))
@@ -506,16 +651,32 @@ def _checked_spec(
     self_similarity: SelfSimilarity,
     other_positives: OtherPositives,
     reduction: Reduction,
+    same_id: SameId,
+    margin: float | None,
 ) -> LossSpec:
     check_choice("self_similarity", self_similarity, get_args(SelfSimilarity))
     check_choice("other_positives", other_positives, get_args(OtherPositives))
     check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("same_id", same_id, get_args(SameId))
+    if same_id == "positive":
+        _check_positive_ids(other_positives, reduction, margin)
     weights = None
     if pair_weights is not None:
         weights = weight_table("pair_weights", pair_weights, num_views)
     table = candidate_table(candidates, num_views)
     build = _loss_spec if torch.compiler.is_compiling() else _known_loss_spec
-    return build(weights, table, self_similarity, other_positives, reduction)
+    return build(weights, table, self_similarity, other_positives, reduction, same_id, margin)
+
+
+def _check_positive_ids(other_positives: str, reduction: str, margin: float | None) -> None:
+    """Raise where samples of one id are positives and an option has no meaning then."""
+    for name, value, allowed in (
+        ("other_positives", other_positives, other_positives == "compete"),
+        ("reduction", reduction, reduction != "pairs"),
+        ("false_negative_margin", margin, margin is None),
+    ):
+        if not allowed:
+            raise ValueError(f"same_id: 'positive' does not go with {name}={value!r}")
 
 
 @lru_cache(maxsize=256)
@@ -529,6 +690,8 @@ def _loss_spec(
     self_similarity: str,
     other_positives: str,
     reduction: str,
+    same_id: str,
+    margin: float | None,
 ) -> LossSpec:
     views = range(len(table))
     if weights is None:
@@ -549,6 +712,8 @@ def _loss_spec(
         other_positives=other_positives,
         reduction=reduction,
         own_pairs=_own_pairs(used, weights, self_similarity, other_positives),
+        same_id=same_id,
+        false_negative_margin=margin,
     )
 
 

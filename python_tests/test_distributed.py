@@ -71,8 +71,12 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
     pool.close()
 
 
-def shard(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    return tensor.split(sizes)[dist.get_rank()]
+OF_SAMPLES = ("sample_ids", "present", "candidate_weights")
+"""Options with an entry for each sample, along the last dimension."""
+
+
+def shard(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Tensor:
+    return tensor.split(sizes, dim)[dist.get_rank()]
 
 
 def step(
@@ -89,8 +93,11 @@ def step(
     if dist.get_rank() not in members:
         return None
     options = dict(options)
-    if "sample_ids" in options:
-        options["sample_ids"] = shard(options["sample_ids"], sizes)
+    for name in options.keys() & OF_SAMPLES:
+        of_samples = options[name]
+        if name == "present" and road != "views":
+            of_samples = of_samples[:2]
+        options[name] = shard(of_samples, sizes, -1)
     views = [shard(v, sizes).to(dtype).requires_grad_() for v in random_views(sum(sizes), 19)]
     accum = torch.promote_types(dtype, torch.float32)
     s = torch.tensor(scale, dtype=accum, requires_grad=True)
@@ -145,9 +152,11 @@ def exact_step(
     options = {
         name: value for name, value in options.items() if name not in ("backend", "exchange")
     }
-    if "sample_ids" in options:
-        ids = options["sample_ids"].split(sizes)
-        options["sample_ids"] = torch.cat([ids[r] for r in members])
+    for name in options.keys() & OF_SAMPLES:
+        parts = options[name].split(sizes, -1)
+        options[name] = torch.cat([parts[r] for r in members], -1)
+    if "present" in options and road != "views":
+        options["present"] = options["present"][:2]
     reduction = options.pop("reduction", "mean")
     s = torch.tensor(scale, dtype=compute, requires_grad=True)
     weights = [torch.tensor(w, dtype=compute, requires_grad=True) for w in FUSION_WEIGHTS]
@@ -214,6 +223,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "candidates": [[1, 1, 0], [0, 1, 1], [1, 1, 1]],
         "other_positives": "exclude",
     },
+    "weights": {"candidate_weights": torch.arange(3 * sum(SIZES)).view(3, -1) % 5 / 2},
+    "present": {"present": torch.arange(3 * sum(SIZES)).view(3, -1) % 5 > 0},
+    "present, none": {
+        "present": torch.arange(3 * sum(SIZES)).view(3, -1) % 4 > 0,
+        "reduction": "none",
+        "sample_ids": IDS,
+    },
+    "extra": {"extra_negatives": random_views(7, 19)[0], "false_negative_margin": 0.1},
 }
 OF_TWO_VIEWS = {name: OPTIONS[name] for name in ("default", "ids of all processes", "sum")}
 ROADS = {

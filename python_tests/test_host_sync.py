@@ -78,6 +78,8 @@ OPTIONS = {
     "candidates, exclude": {"candidates": TABLE, "other_positives": "exclude"},
     "pair_weights": {"pair_weights": [[0, 1, 2], [0.5, 0, 0], [1, 3, 0]]},
     "none": {"reduction": "none"},
+    "pairs": {"reduction": "pairs"},
+    "margin": {"false_negative_margin": 0.1},
     "not normalised": {"normalize": False},
 }
 
@@ -90,6 +92,27 @@ def test_losses(operations, road, options, scale):
         views = embeddings(3 if road == "views" else 2)
         s = 20.0 if scale == "number" else torch.empty((), device=CUDA)
         gcl_kernels.gcl_loss(*views, logit_scale=s, backend="tiled", **options)
+
+    operations(step)
+
+
+@pytest.mark.parametrize("same_id", ["ignore", "positive"])
+@both_fused_roads
+def test_candidates(operations, road, same_id):
+    """What is given of each sample, and extra negatives."""
+
+    def step() -> None:
+        ids = torch.empty(40, dtype=torch.int64, device=CUDA)
+        gcl_kernels.gcl_loss(
+            *embeddings(2),
+            backend="tiled",
+            sample_ids=ids,
+            same_id=same_id,
+            present=torch.empty(2, 40, dtype=torch.bool, device=CUDA),
+            candidate_weights=torch.empty(3, 40, device=CUDA),
+            extra_negatives=embeddings(1, n=7)[0],
+            extra_ids=ids[:7],
+        )
 
     operations(step)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gcl_kernels
 from gcl_kernels.operators import negatives
-from gcl_kernels.problem import SampleData
+from gcl_kernels.problem import Extra, SampleData
 from gcl_kernels.spec import ABSENT
 
 
@@ -116,7 +116,7 @@ def test_any_combinations(float64_backend, device, tiling):
         compute_dtype=torch.float64,
         backend=float64_backend,
     )
-    neg_lse, own_logits, _ = negatives(views, mixing, s, SampleData(), spec)
+    neg_lse, own_logits, _ = negatives(views, mixing, s, SampleData(), Extra(), spec)
     made = [row[0] * views[0] + row[1] * views[1] for row in mixing]
     anchors = [a for a, row in enumerate(candidates) if any(row)]
     for a in {*range(5)} - {*anchors}:

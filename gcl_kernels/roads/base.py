@@ -98,15 +98,27 @@ class Road(ABC):
         """
 
     def weight_unit(self, problem: Problem, grad: Tensor) -> Tensor | None:
-        """The unit in which weights made from ``grad`` are stored; None: 1.
+        """As the function of this name."""
+        return weight_unit(problem, grad)
 
-        Weights are about 1 / M^2; below 6e-8 float16 has no numbers. At most 2 * 2^10 is far below
-        its largest.
-        """
-        if problem.compute_dtype != torch.float16:
-            return None
-        unit = grad.abs().amax().mul_(2**-10)
-        return torch.where(unit > 0, unit, 1.0)
+    @property
+    def needs_views(self) -> Sequence[bool]:
+        """For each view, whether any gradient that is needed comes from it."""
+        return self.needs_bases
+
+    @property
+    def reads_views(self) -> Sequence[bool]:
+        """For each view, whether the backend's gradients count ``<z, H z>`` of it towards the
+        scale's."""
+        return self.needs_bases
+
+    @abstractmethod
+    def all_views(self) -> Tensor:
+        """The views' unit vectors [V * N, D] in the compute dtype, contiguous."""
+
+    @abstractmethod
+    def add_views(self, part: Tensor, sums: Tensor, inner: Tensor) -> None:
+        """Add ``part`` of the views' ``H z`` [V, N, D] to ``sums`` [B, N, D] and ``inner``."""
 
     def plan(self) -> Plan:
         """The blocks of the square problem."""
@@ -170,6 +182,18 @@ class Road(ABC):
         for block in plan:
             share = add_share(share, self.add_block(problem, block, sides, workspace, once))
         return share
+
+
+def weight_unit(problem: Problem, grad: Tensor) -> Tensor | None:
+    """The unit in which weights made from ``grad`` are stored; None: 1.
+
+    Weights are about 1 / M^2; below 6e-8 float16 has no numbers. At most 2 * 2^10 is far below
+    its largest.
+    """
+    if problem.compute_dtype != torch.float16:
+        return None
+    unit = grad.abs().amax().mul_(2**-10)
+    return torch.where(unit > 0, unit, 1.0)
 
 
 def add_share(share: Tensor | None, part: Tensor | None) -> Tensor | None:

@@ -73,6 +73,30 @@ class Fused(Road):
         sums = torch.zeros_like(z, dtype=self.spec.accum_dtype)
         return sums, sums.new_zeros(len(self.spec.candidates), 2, z.shape[1])
 
+    @property
+    def needs_views(self) -> Sequence[bool]:
+        *needs, _ = self.needs_grad
+        return [any(needs)] * len(self.spec.candidates)
+
+    @property
+    def reads_views(self) -> Sequence[bool]:
+        return [True] * len(self.spec.candidates)
+
+    def all_views(self) -> Tensor:
+        z, k = self.embedded.z, self.embedded.coefficients.unsqueeze(-1)
+        views = [
+            z[base] if base is not None else (z[0] * k[v, 0] + z[1] * k[v, 1]).to(z.dtype)
+            for v, base in enumerate(self.spec.bases)
+        ]
+        return torch.cat(views)
+
+    def add_views(self, part: Tensor, sums: Tensor, inner: Tensor) -> None:
+        z, k = self.embedded.z, self.embedded.coefficients
+        for v, of_view in enumerate(part):
+            for b in range(2):
+                sums[b].addcmul_(of_view, k[v, b].unsqueeze(-1))
+                inner[v, b] += (of_view * z[b]).sum(-1)
+
     def add_stats(
         self, problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
     ) -> None:

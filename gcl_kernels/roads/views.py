@@ -68,6 +68,12 @@ class Views(Road):
     def lines(self, lse: Tensor, grad: Tensor, sums: Tensor, inner: Tensor) -> Lines:
         return Lines(lse.flatten(), grad.flatten(), sums, inner)
 
+    def all_views(self) -> Tensor:
+        return self.embedded.z.flatten(0, 1)
+
+    def add_views(self, part: Tensor, sums: Tensor, inner: Tensor) -> None:
+        sums.add_(part)
+
     def once(self, plan: Plan) -> bool:
         num_rows = len(self.needs_bases) * self.geometry[0]
         return all(self.needs_bases) and len(plan) == 1 and plan[0].covers(num_rows)
