@@ -1,4 +1,4 @@
-"""The losses: O(V^2 N) algebra on ``neg_lse`` and the own-sample similarities.
+"""The losses: what they are given, checked and handed on to the operator and to their terms.
 
     L = sum_{a != b} w_ab * mean_j [ log den(a,j) - x(a,j; b,j) ]
 
@@ -142,6 +142,11 @@ def _loss(
     if fusion_weights is not None:
         mixing = _mixing(fusion_weights, scale.dtype, views[0].device)
     present = resolve_present(given.candidates.present, len(views), views[0])
+    if static.extra_anchors:
+        # A view that anchors no pair has no use for them.
+        meets = zip(static.extra_anchors, spec.pair_weights, strict=True)
+        anchors = tuple(of_view and any(row) for of_view, row in meets)
+        static = static._replace(extra_anchors=anchors)
     plain = present is None and extra.embeddings is None and spec.same_id == "ignore"
     if plain and spec.reduction in ("mean", "sum"):
         loss = small_loss(views, mixing, scale, data, static, spec)
@@ -213,10 +218,11 @@ def multiview_contrastive_loss(
 
     Args:
         views: V tensors [N, D], float64, float32, bfloat16 or float16; dtypes may differ.
-        Others: as for :func:`gcl_loss`, with tables V x V.
+        Others: as for :func:`gcl_loss`, with tables V x V, and V for 3.
 
     Returns:
-        0-d (or [N] with ``reduction="none"``), float32; float64 where the products are float64.
+        0-d (or [N] with ``reduction="none"``, [V, V] with ``"pairs"``), float32; float64 where the
+        products are float64.
 
     Raises:
         As :func:`gcl_loss`.
@@ -321,15 +327,36 @@ def gcl_loss(
         candidates: 3 x 3 booleans; entry [a][m] says whether anchors of view a meet view m in their
             denominator. Default: all true.
         sample_ids: N integers (int64, int32, int16, int8 or uint8) on the embeddings' device.
-            Samples with equal ids are neither positives nor negatives of each other. Default: all
-            different.
+            Samples with equal ids are neither positives nor negatives of each other, or, with
+            ``same_id="positive"``, positives. Default: all different.
+        same_id: ``"ignore"``, or ``"positive"``: an anchor has to find all embeddings of its id,
+            which are all in its denominator: the supervised contrastive form (Khosla et al. 2020,
+            L_out), of two views that meet across UniCL's. Those of the anchor's own view count
+            where ``candidates[a][a]``. Of one process; with ``other_positives="compete"``, without
+            a margin.
+        present: which of the given embeddings there are: booleans [3, N] ([2, N] without ``e_it``:
+            the fused one is there where both are), or for each view [N] or None. An absent one is
+            no anchor, no positive and no candidate; what lies in its row, NaN too, is not read and
+            gets a gradient of zero. The mean is over the terms that exist (where there are none,
+            the loss is 0). Default: all.
+        extra_negatives: embeddings [K, D], raw or unit as the others, which are negatives of every
+            anchor: a queue, mined or hard negatives. With a gradient if they require one. Of a
+            ``group``, for this process's anchors alone.
+        extra_ids: K integers: no negatives of anchors whose ``sample_ids`` are equal.
+        extra_anchors: three booleans, whether the view's anchors meet them. Default: all true.
+        candidate_weights: floating [3, N], finite, >= 0: what an embedding counts in others'
+            denominators, such as a sampling correction 1 / q. Without a gradient. Default: 1.
+        false_negative_margin: a number >= 0: another sample whose similarity to the anchor is
+            larger by more than this than that of its nearest positive is no negative
+            (Qwen3-Embedding, Zhang et al. 2025, with 0.1). Default: None.
         self_similarity: ``"mask"`` leaves the anchor itself out of its denominator; ``"keep"``
             keeps it (where ``candidates[a][a]``), the literal sum over all embeddings.
         other_positives: ``"compete"``: a denominator holds all other views of the anchor's sample
             that are candidates; ``"exclude"``: only the pair's own positive.
         fusion_weights: two finite numbers or tensors of shape [] or [1] (with gradient).
-        reduction: ``"mean"``, ``"sum"``, or ``"none"`` for N losses, whose mean is the mean (of a
-            ``group``, that of all processes' losses).
+        reduction: ``"mean"``, ``"sum"``, ``"none"`` for N losses, whose mean is the mean (of a
+            ``group``, that of all processes' losses), or ``"pairs"`` for the 3 x 3 terms whose sum,
+            weighted by ``pair_weights``, is the mean; 0 where that weight is 0.
         compute_dtype: dtype of the matrix products. Default: autocast's where enabled, else the
             inputs' common dtype. Half types are used on CUDA devices; elsewhere they compute in
             float32.
@@ -342,15 +369,17 @@ def gcl_loss(
             ``"ring"`` those of two.
 
     Returns:
-        0-d (or [N] with ``reduction="none"``), float32; float64 where the products are float64.
-        NaN where an input that takes part holds NaN or inf. Of a ``group``: this process's share,
-        the mean over its own samples (weighted where N differs), such that the average over
-        processes is the loss of the whole batch; gradients of embeddings are those of the sum over
-        processes, so that
-        DistributedDataParallel's average is the gradient of that loss.
+        0-d (or [N] with ``reduction="none"``, [3, 3] with ``"pairs"``), float32; float64 where the
+        products are float64. NaN where an input that takes part holds NaN or inf. Of a ``group``:
+        this process's share, the mean over its own samples (weighted where N differs), such that
+        the average over processes is the loss of the whole batch; gradients of embeddings are those
+        of the sum over processes, so that DistributedDataParallel's average is the gradient of that
+        loss.
 
     Raises:
         ValueError, TypeError: malformed arguments; the message names argument, expected and got.
+            Values of ``present`` and ``candidate_weights`` are checked on a CPU alone; elsewhere
+            that would wait for the device, and a negative weight gives NaN.
         ValueError: the processes of a ``group`` differ in what they must have in common; raised in
             all of them.
         RuntimeError: a backend asked for by name is not available here, or serves no ``group``;
@@ -392,8 +421,8 @@ def clip_loss(
 ) -> Tensor:
     """CLIP's symmetric cross-entropy (Radford et al. 2021): candidates are the other view.
 
-    Arguments, result and errors as for :func:`gcl_loss`, with 2 x 2 ``pair_weights`` (default 1/2
-    for each direction). Equals ``open_clip.ClipLoss`` on unit vectors.
+    Arguments, result and errors as for :func:`gcl_loss`, of two views: 2 x 2 ``pair_weights``
+    (default 1/2 for each direction). Equals ``open_clip.ClipLoss`` on unit vectors.
     """
     check_views((e_i, e_t), ("e_i", "e_t"))
     spec = make_loss_spec(
@@ -432,8 +461,8 @@ def nt_xent_loss(
 ) -> Tensor:
     """SimCLR's NT-Xent (Chen et al. 2020): both views' embeddings, all but the anchor, compete.
 
-    ``e_1``, ``e_2`` [N, D]; arguments, result and errors as for :func:`gcl_loss`, with 2 x 2
-    ``pair_weights`` (default 1/2 for each direction).
+    ``e_1``, ``e_2`` [N, D]; arguments, result and errors as for :func:`gcl_loss`, of two views:
+    2 x 2 ``pair_weights`` (default 1/2 for each direction).
     """
     check_views((e_1, e_2), ("e_1", "e_2"))
     spec = make_loss_spec(

@@ -116,7 +116,7 @@ def dense_loss(
             loss = torch.where(exists, log_den(a, rows, limit, chosen) - positives[b], 0)
             pairs.append(loss)
             losses.append(pair_weights[a][b] / total * loss)
-            count = count + pair_weights[a][b] / total * exists.sum()
+            count = count + pair_weights[a][b] / total * exists.to(x.dtype).sum()
     of_samples = torch.stack(losses).sum(0)
     if reduction == "pairs":
         return torch.stack(pairs).sum(1).view(num_views, num_views) / count

@@ -176,6 +176,25 @@ def test_of_image_and_text_alone_it_is_the_cached_ranking_loss(model):
 
 
 @pytest.mark.parametrize("mini_batch_size", [None, 4])
+def test_hard_negatives_are_those_of_the_ranking_loss(model, mini_batch_size):
+    """Two columns of them; all of a batch's are candidates of every image."""
+    image, text = columns(model)
+    negatives = [model.preprocess(pairs(10, seed)["text"]) for seed in (1, 2)]
+    off = (0, 0, 0)
+    ours = GCLLoss(
+        model,
+        columns=("negative", "image", "text", "negative"),
+        mini_batch_size=mini_batch_size,
+        pair_weights=((0, 1, 0), off, off),
+        candidates=((0, 1, 0), off, off),
+    )
+    theirs = losses.MultipleNegativesRankingLoss(model)
+    model.eval()
+    got = gradients(ours, [negatives[0], image, text, negatives[1]])
+    assert_same(got, gradients(theirs, [image, text, *negatives]))
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 4])
 def test_three_columns(tmp_path, mini_batch_size):
     """A model that embeds pairs, on a data set's third column."""
     torch.manual_seed(0)
@@ -221,6 +240,8 @@ def test_a_triplet_data_set_stops_in_their_trainer(model, tmp_path):
     data = Dataset.from_dict(dict(zip(("anchor", "positive", "negative"), texts, strict=True)))
     with pytest.raises(ValueError, match="columns: expected a third input column"):
         train(SentenceTransformerTrainer, model, data, tmp_path, 1, loss=GCLLoss(model))
+    named = GCLLoss(model, columns=("image", "text", "negative"))
+    train(SentenceTransformerTrainer, model, data, tmp_path, 1, loss=named)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +422,8 @@ def test_errors(model):
     for names in (
         ("image", "image"),
         ("image",),
-        ("image", "text", "negative"),
+        ("image", "negative"),
+        ("image", "text", "other"),
         ("image", "fused"),
     ):
         with pytest.raises(ValueError, match='columns: expected "image", "text" and'):

@@ -28,6 +28,7 @@ from gcl_kernels.spec import (
     BackendName,
     ExchangeName,
     OtherPositives,
+    SameId,
     SelfSimilarity,
     Table,
     check_positive,
@@ -45,8 +46,8 @@ except ImportError as error:
 
 __all__ = ["GCLLoss"]
 
-Column = Literal["image", "text", "fused"]
-_COLUMNS: tuple[Column, ...] = ("image", "text", "fused")
+Column = Literal["image", "text", "fused", "negative"]
+_VIEWS: tuple[Column, ...] = ("image", "text", "fused")
 _LABEL_COLUMN = 'label column ("label", "labels", "score" or "scores")'
 """The trainer calls all of them labels: which one it took is not known here."""
 
@@ -59,7 +60,9 @@ class GCLLoss(CachedLossMixin, nn.Module):
     model's image and text embeddings as the model gives them, weighted by `fusion_weights`, at 4/9
     of the work (CLIP-like models, which embed one modality at a time). With three it is what the
     model makes of the pair (`{"image": ..., "text": ...}`): a third positive, where
-    sentence-transformers' own losses have a hard negative, which this loss has not.
+    sentence-transformers' own losses have a hard negative. Hard negatives are columns named
+    `"negative"` in `columns`: all of a batch's are negatives of every anchor, as there; of several
+    processes, of the anchors of their own.
 
     Labels: none, or integers (a `label` column) that serve as `sample_ids`. Samples of one label
     are neither positives nor negatives of each other: duplicates, several captions of one image.
@@ -72,13 +75,14 @@ class GCLLoss(CachedLossMixin, nn.Module):
         mini_batch_size: None, or the rows to embed at a time with gradient caching (GradCache, as
             sentence-transformers' `Cached...` losses do): every input is embedded twice, and memory
             for activations is that of so many rows whatever the batch.
-        columns: what the columns are, in their order: "image", "text" and, of three, "fused".
-            Default: that order, and of three columns the third must show that it is a pair, by
-            holding the modalities of both others.
+        columns: what the columns are, in their order: "image", "text", if there is one "fused",
+            and "negative" any number of times. Default: image, text, fused, and of three columns
+            the third must show that it is a pair, by holding the modalities of both others.
         gather_across_devices: with several processes, all their embeddings are candidates (`group`
             in `gcl_kernels.gcl_loss`). With one it changes nothing.
-        pair_weights, candidates, self_similarity, other_positives, fusion_weights, compute_dtype,
-            backend, exchange: as in `gcl_kernels.gcl_loss`, same defaults.
+        pair_weights, candidates, same_id, extra_anchors, false_negative_margin, self_similarity,
+            other_positives, fusion_weights, compute_dtype, backend, exchange: as in
+            `gcl_kernels.gcl_loss`, same defaults; `extra_anchors` are of the hard negatives.
 
     Raises:
         ValueError, TypeError: malformed options, as from `gcl_kernels.GCLLoss`; `mini_batch_size`
@@ -95,6 +99,9 @@ class GCLLoss(CachedLossMixin, nn.Module):
         gather_across_devices: bool = False,
         pair_weights: Table | None = None,
         candidates: Table | None = None,
+        same_id: SameId = "ignore",
+        extra_anchors: Sequence[bool] | None = None,
+        false_negative_margin: float | None = None,
         self_similarity: SelfSimilarity = "mask",
         other_positives: OtherPositives = "compete",
         fusion_weights: Sequence[float | Tensor] = (1.0, 1.0),
@@ -105,10 +112,11 @@ class GCLLoss(CachedLossMixin, nn.Module):
         super().__init__()
         if columns is not None:
             columns = tuple(columns)
-            if sorted(columns) not in (sorted(_COLUMNS[:2]), sorted(_COLUMNS)):
+            views = sorted(name for name in columns if name != "negative")
+            if views not in (sorted(_VIEWS[:2]), sorted(_VIEWS)):
                 raise ValueError(
-                    'columns: expected "image", "text" and, of three columns, "fused", each once, '
-                    f"in the dataset's order, got {columns}"
+                    'columns: expected "image", "text" and, if there is one, "fused", each once, '
+                    f'and any number of "negative", in the dataset\'s order, got {columns}'
                 )
         self.uses_gradient_cache = mini_batch_size is not None
         if mini_batch_size is not None:
@@ -131,6 +139,9 @@ class GCLLoss(CachedLossMixin, nn.Module):
         self.options: dict[str, Any] = {
             "pair_weights": pair_weights,
             "candidates": candidates,
+            "same_id": same_id,
+            "extra_anchors": extra_anchors,
+            "false_negative_margin": false_negative_margin,
             "self_similarity": self_similarity,
             "other_positives": other_positives,
             "fusion_weights": fusion_weights,
@@ -146,7 +157,7 @@ class GCLLoss(CachedLossMixin, nn.Module):
         """The loss of one batch, a scalar (float32, or float64 for float64 embeddings).
 
         Args:
-            sentence_features: the preprocessed columns, two or three.
+            sentence_features: the preprocessed columns.
             labels: (N,) integers or None, see the class.
 
         Raises:
@@ -163,15 +174,19 @@ class GCLLoss(CachedLossMixin, nn.Module):
         )
 
     def _in_order(self, features: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The columns as image, text and, of three, fused."""
+        """The columns as image, text, if there is one fused, and negatives."""
         if self.columns is not None:
             if len(features) != len(self.columns):
                 raise ValueError(
                     f"columns: expected {len(features)} names for as many input columns, "
                     f"got {self.columns}"
                 )
-            given = dict(zip(self.columns, features, strict=True))
-            return [given[name] for name in _COLUMNS if name in given]
+            return [
+                column
+                for wanted in (*_VIEWS, "negative")
+                for name, column in zip(self.columns, features, strict=True)
+                if name == wanted
+            ]
         if len(features) not in (2, 3):
             raise ValueError(
                 "GCLLoss: expected 2 input columns (image, text) or 3 (image, text, pair), "
@@ -184,9 +199,9 @@ class GCLLoss(CachedLossMixin, nn.Module):
                     "columns: expected a third input column of image-text pairs, which holds the "
                     f"modalities of both others, got {sorted(image)}, {sorted(text)} and "
                     f"{sorted(pair)}. GCLLoss trains a third column as a positive, the fused view, "
-                    "where sentence-transformers' losses take a hard negative, which GCLLoss has "
-                    "not: remove such a column. If it is the fused view, say so: GCLLoss(model, "
-                    'columns=("image", "text", "fused"))'
+                    "where sentence-transformers' losses take a hard negative. Say which it is: "
+                    'GCLLoss(model, columns=("image", "text", "fused")) or ("image", "text", '
+                    '"negative")'
                 )
         return features
 
@@ -216,15 +231,19 @@ class GCLLoss(CachedLossMixin, nn.Module):
         *,
         with_backward: bool = False,
     ) -> Tensor:
-        """The loss of embeddings: for each column the parts of its (N, D), in order.
+        """The loss of embeddings: for each column the parts of its (N, D), as :meth:`_in_order`.
 
         `with_backward`: leave the gradients on the parts, and return the loss without its graph.
         """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         # Asked here: losses are often made before the trainer's arguments start the processes.
         self.loss.group = "world" if self.gather_across_devices and distributed else None
-        views = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in reps]
-        loss = self.loss(*views, logit_scale=self.scale, sample_ids=labels)
+        columns = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in reps]
+        negatives = 0 if self.columns is None else self.columns.count("negative")
+        views, extra = columns[: len(columns) - negatives], None
+        if negatives:
+            extra = torch.cat(columns[len(views) :])
+        loss = self.loss(*views, logit_scale=self.scale, sample_ids=labels, extra_negatives=extra)
         if with_backward:
             loss.backward()
             loss = loss.detach()
