@@ -19,6 +19,7 @@ from torch import Size
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from gcl_kernels.problem import split_data
 from gcl_kernels.spec import NegativesSpec, parse_spec
 
 
@@ -39,25 +40,25 @@ def _world(agreement: Size) -> int:
     return max(1, agreement.numel() - 1)
 
 
-def _beyond(spec: NegativesSpec, extra: Sequence[Any], num_samples: int) -> int:
+def _beyond(spec: NegativesSpec, data: Sequence[Any], num_samples: int) -> int:
     """Operations of one product of the anchors' views with extra negatives."""
     if not spec.extra_anchors:
         return 0
-    num_extra, dim = extra[0]
+    num_extra, dim = split_data(data)[1].embeddings  # type: ignore[misc]  # its shape
     return 2 * sum(spec.extra_anchors) * num_samples * num_extra * dim
 
 
 def _forward(*args: Any, out_shape: Any) -> int:
-    *_, extra, text, needs_grad = args
+    *_, data, text, needs_grad = args
     spec = parse_spec(text)
     _, num_samples, dim = out_shape[2]
     logits, _ = _products(spec, needs_grad)
     square = int(logits * 2 * num_samples**2 * dim) * _world(out_shape[-1])
-    return square + _beyond(spec, extra, num_samples)
+    return square + _beyond(spec, data, num_samples)
 
 
 def _backward(*args: Any, out_shape: Any) -> int:
-    *_, extra, saved, _grad, _grad_own, text, needs_grad = args
+    *_, data, saved, _grad, _grad_own, text, needs_grad = args
     spec = parse_spec(text)
     z, *_, kept, agreement, _lse = saved
     _, num_samples, dim = z
@@ -66,7 +67,7 @@ def _backward(*args: Any, out_shape: Any) -> int:
     # A kept block on the diagonal holds both halves, so that all kept tiles may be more than all.
     again = max(int(logits * product) - 2 * dim * kept.numel(), 0)
     sides = 1 + any(needs_grad) + spec.extra_grad
-    return again + int(gradients * product) + sides * _beyond(spec, extra, num_samples)
+    return again + int(gradients * product) + sides * _beyond(spec, data, num_samples)
 
 
 _FORMULAS: dict[Any, Callable[..., int]] = {

@@ -21,20 +21,19 @@ from gcl_kernels import passes
 from gcl_kernels.backends import reference
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.distributed import empty_agreement
-from gcl_kernels.problem import Embedded, Extra, SampleData, empty_gradients
+from gcl_kernels.problem import Embedded, Extra, SampleData, empty_gradients, split_data
 from gcl_kernels.roads.fused import formed
 from gcl_kernels.spec import LossSpec, NegativesSpec, parse_spec, recordable
 
 LIBRARY = torch.library.Library("gcl_kernels", "DEF")
 LIBRARY.define(
-    "neg_lse(Tensor[] bases, Tensor? mixing, Tensor scale, Tensor?[] data, Tensor?[] extra, "
-    "str spec, bool[] needs_grad) -> (Tensor neg_lse, Tensor own_logits, Tensor z, Tensor inverse, "
+    "neg_lse(Tensor[] bases, Tensor? mixing, Tensor scale, Tensor?[] data, str spec, "
+    "bool[] needs_grad) -> (Tensor neg_lse, Tensor own_logits, Tensor z, Tensor inverse, "
     "Tensor lengths, Tensor coefficients, Tensor dots, Tensor kept, Tensor agreement)"
 )
 LIBRARY.define(
-    "neg_lse_backward(Tensor[] bases, Tensor scale, Tensor?[] data, Tensor?[] extra, "
-    "Tensor[] saved, Tensor grad_neg_lse, Tensor grad_own_logits, str spec, bool[] needs_grad) "
-    "-> Tensor[]"
+    "neg_lse_backward(Tensor[] bases, Tensor scale, Tensor?[] data, Tensor[] saved, "
+    "Tensor grad_neg_lse, Tensor grad_own_logits, str spec, bool[] needs_grad) -> Tensor[]"
 )
 
 
@@ -53,13 +52,12 @@ def _forward_fake(
     mixing: Tensor | None,
     scale: Tensor,
     data: passes.Data,
-    extra: passes.Data,
     spec: NegativesSpec,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     num_views, num_samples = len(spec.candidates), bases[0].shape[0]
     embedded = Embedded.empty(bases, scale, spec)
-    kept = passes.make_road(spec, needs_grad, embedded, data).empty_kept(scale)
+    kept = passes.make_road(spec, needs_grad, embedded, split_data(data)[0]).empty_kept(scale)
     return (
         scale.new_empty(num_views, num_samples),
         scale.new_empty(num_views, num_views, num_samples),
@@ -70,9 +68,13 @@ def _forward_fake(
 
 
 def _backward_fake(bases: Sequence[Tensor], scale: Tensor, *rest: Any) -> list[Tensor]:
-    _, extra, *_, spec, needs_grad = rest
+    data, *_, spec, needs_grad = rest
     mixing = scale.new_empty((len(spec.candidates), 2) if needs_grad[-2] else 0)
-    of_extra = empty_gradients(extra[:1], scale, [spec.extra_grad]) if spec.extra_anchors else []
+    of_extra: list[Tensor] = []
+    if spec.extra_anchors:
+        extra = split_data(data)[1].embeddings
+        assert extra is not None
+        of_extra = empty_gradients([extra], scale, [spec.extra_grad])
     return [*empty_gradients(bases, scale, needs_grad), mixing, scale.new_empty(()), *of_extra]
 
 
@@ -174,23 +176,23 @@ def _needed(bases: Sequence[Tensor], z: Tensor, scale: Tensor) -> tuple[Tensor, 
     return tuple(map(recordable, bases))
 
 
-_NUM_DATA, _NUM_EXTRA = len(SampleData._fields), len(Extra._fields)
-_NUM_CONSTANTS = _NUM_DATA + _NUM_EXTRA
+_OF_SAMPLES, _OF_EXTRA = len(SampleData._fields), len(Extra._fields)
+_NUM_DATA = _OF_SAMPLES + _OF_EXTRA
 
 
 class NegLSE(torch.autograd.Function):
-    """(spec, needs_grad, *data, *extra, mixing, scale, *bases) -> (neg_lse [V, N], own_logits
-    [V, V, N]), and of a group agreement [W + 1]."""
+    """(spec, needs_grad, *data, mixing, scale, *bases) -> (neg_lse [V, N], own_logits [V, V, N]),
+    and of a group agreement [W + 1]."""
 
     @staticmethod
     def forward(
         ctx: Any, spec: NegativesSpec | str, needs_grad: list[bool], *inputs: Any
     ) -> tuple[Tensor, ...]:
-        (data, extra), (mixing, scale, *bases) = _constants(inputs), inputs[_NUM_CONSTANTS:]
-        given = (bases, mixing, scale, data, extra)
+        data, (mixing, scale, *bases) = inputs[:_NUM_DATA], inputs[_NUM_DATA:]
+        given = (bases, mixing, scale, data)
         neg_lse, own_logits, *saved = _call("neg_lse", passes.forward, given, spec, needs_grad)
         kept_bases = _needed(bases, saved[0], scale)
-        ctx.save_for_backward(*data, *extra, scale, *saved, neg_lse, *kept_bases)
+        ctx.save_for_backward(*data, scale, *saved, neg_lse, *kept_bases)
         # As the forward pass was told, whatever is asked for now: its tiles are of these blocks.
         ctx.spec, ctx.needs_grad, ctx.num_saved = spec, needs_grad, len(saved) + 1
         # Without a group there is no agreement, and an output costs some microseconds.
@@ -204,13 +206,12 @@ class NegLSE(torch.autograd.Function):
         refuse_transforms(grad_neg_lse, grad_own_logits)
         # Read once: checkpointing unpacks what is saved no second time.
         tensors = ctx.saved_tensors
-        scale, *rest = tensors[_NUM_CONSTANTS:]
+        data, (scale, *rest) = tensors[:_NUM_DATA], tensors[_NUM_DATA:]
         # Backends read by address, and saved tensors may come back from a hook in another layout.
-        constants = [None if of is None else of.contiguous() for of in tensors[:_NUM_CONSTANTS]]
-        data, extra = _constants(constants)
+        data = [None if of is None else of.contiguous() for of in data]
         saved = [of.contiguous() for of in rest[: ctx.num_saved]]
         bases = rest[ctx.num_saved :] or saved[0].unbind(0)
-        given = (bases, scale, data, extra, saved, grad_neg_lse, grad_own_logits)
+        given = (bases, scale, data, saved, grad_neg_lse, grad_own_logits)
         found = _call("neg_lse_backward", passes.backward, given, ctx.spec, ctx.needs_grad)
         # Of extra negatives the last, if there are any, and empty if none is needed.
         of_extra = found[len(ctx.needs_grad)] if len(found) > len(ctx.needs_grad) else None
@@ -219,13 +220,8 @@ class NegLSE(torch.autograd.Function):
         *grads, grad_mixing, grad_scale = (
             grad if needs else None for grad, needs in zip(found, ctx.needs_grad, strict=False)
         )
-        of_constants = (None,) * _NUM_DATA + (of_extra,) + (None,) * (_NUM_EXTRA - 1)
-        return None, None, *of_constants, grad_mixing, grad_scale, *grads
-
-
-def _constants(inputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """``data`` and ``extra``, the first of what a Function is given."""
-    return inputs[:_NUM_DATA], inputs[_NUM_DATA:_NUM_CONSTANTS]
+        of_data = (None,) * _OF_SAMPLES + (of_extra,) + (None,) * (_OF_EXTRA - 1)
+        return None, None, *of_data, grad_mixing, grad_scale, *grads
 
 
 def negatives(
@@ -266,7 +262,7 @@ def negatives(
     else:
         # No node of the graph; for Dynamo no Function, to which it gives a context at times only.
         with torch.no_grad():
-            given = (bases, mixing, scale, data, extra)
+            given = (bases, mixing, scale, (*data, *extra))
             neg_lse, own_logits, *agreement = _call(
                 "neg_lse", passes.forward, given, static, needs_grad
             )

@@ -23,22 +23,29 @@ from gcl_kernels.distributed import (
     lines_that_meet,
 )
 from gcl_kernels.extra import Rectangle
-from gcl_kernels.problem import Embedded, Extra, Problem, SampleData, finite_scale, subtractable
+from gcl_kernels.problem import (
+    Embedded,
+    Problem,
+    SampleData,
+    finite_scale,
+    split_data,
+    subtractable,
+)
 from gcl_kernels.roads.base import Road, add_share
 from gcl_kernels.roads.fused import Fused
 from gcl_kernels.roads.views import Views
 from gcl_kernels.spec import NegativesSpec
 
 Data = Sequence[Tensor | None]
-"""A :class:`SampleData` or an :class:`Extra`, as an operator has it."""
+"""A :class:`SampleData` and an :class:`Extra`, as an operator has them: see ``split_data``."""
 
 
 def make_road(
-    spec: NegativesSpec, needs_grad: Sequence[bool], embedded: Embedded, data: Data
+    spec: NegativesSpec, needs_grad: Sequence[bool], embedded: Embedded, data: SampleData
 ) -> Road:
     """The road of a call."""
     road = Views if spec.mixed is None else Fused
-    return road(spec, needs_grad, embedded, SampleData(*data))
+    return road(spec, needs_grad, embedded, data)
 
 
 def forward(
@@ -46,7 +53,6 @@ def forward(
     mixing: Tensor | None,
     scale: Tensor,
     data: Data,
-    extra: Data,
     spec: NegativesSpec,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor, ...]:
@@ -54,7 +60,8 @@ def forward(
     but for ``neg_lse``: an :class:`Embedded`, kept tiles, and the processes' agreement."""
     scale = finite_scale(scale, spec.max_scale)
     embedded, own_logits = BACKENDS[spec.backend].embed(bases, mixing, scale, spec)
-    road = make_road(spec, needs_grad, embedded, data)
+    of_samples, extra = split_data(data)
+    road = make_road(spec, needs_grad, embedded, of_samples)
     problem, plan = road.problem(scale), road.plan()
     kept, agreement, others = road.empty_kept(scale), empty_agreement(scale), None
     if spec.group:
@@ -67,7 +74,7 @@ def forward(
     if others is not None:
         neg_lse = _with_others(road, others, problem, neg_lse)
     if spec.extra_anchors:
-        neg_lse = torch.logaddexp(neg_lse, Rectangle(road, Extra(*extra), scale).lse())
+        neg_lse = torch.logaddexp(neg_lse, Rectangle(road, extra, scale).lse())
     return neg_lse, own_logits, *embedded, kept, agreement
 
 
@@ -89,7 +96,6 @@ def backward(
     bases: Sequence[Tensor],
     scale: Tensor,
     data: Data,
-    extra: Data,
     saved: Sequence[Tensor],
     grad_neg_lse: Tensor,
     grad_own_logits: Tensor,
@@ -104,7 +110,8 @@ def backward(
     """
     *of_bases, kept, agreement, neg_lse = saved
     embedded, grad = Embedded(*of_bases), grad_neg_lse.contiguous()
-    road = make_road(spec, needs_grad, embedded, data)
+    of_samples, extra = split_data(data)
+    road = make_road(spec, needs_grad, embedded, of_samples)
     problem, lines, others = road.problem(scale), grad, None
     if spec.group:
         lines = lines_for_others(neg_lse, grad, agreement)
@@ -117,7 +124,7 @@ def backward(
         share = add_share(share, part)
     of_extra: list[Tensor] = []
     if spec.extra_anchors:
-        rectangle = Rectangle(road, Extra(*extra), scale)
+        rectangle = Rectangle(road, extra, scale)
         grad_extra, part = rectangle.gradient(neg_lse, grad, sums, inner)
         of_extra, share = [grad_extra], add_share(share, part)
     grads = road.backend.gradients(

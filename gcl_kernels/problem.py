@@ -74,6 +74,12 @@ class Extra(NamedTuple):
     anchor_ids: Tensor | None = None
 
 
+def split_data(data: Sequence[Tensor | None]) -> tuple[SampleData, Extra]:
+    """What an operator has in one list, the one's fields before the other's."""
+    count = len(SampleData._fields)
+    return SampleData(*data[:count]), Extra(*data[count:])
+
+
 class Embedded(NamedTuple):
     """What the losses' O(M D) side makes of ``B`` bases, for ``V`` views of ``N`` samples.
 

@@ -49,7 +49,7 @@ def run_forward(
 ) -> tuple[Tensor, ...]:
     """``neg_lse``, own-sample logits, and what is saved between the passes."""
     mixing = mixing_of(spec) if mixing is None else mixing
-    return passes.forward(bases, mixing, scale, [ids], [], spec, needs_grad)
+    return passes.forward(bases, mixing, scale, [ids], spec, needs_grad)
 
 
 def run_backward(
@@ -63,8 +63,7 @@ def run_backward(
     """Gradients, of upstream ones, from what :func:`run_forward` gave."""
     neg_lse, own_logits, *saved = results
     upstream = torch.ones_like(neg_lse), torch.ones_like(own_logits)
-    saved = [*saved, neg_lse]
-    return passes.backward(bases, scale, [ids], [], saved, *upstream, spec, needs_grad)
+    return passes.backward(bases, scale, [ids], [*saved, neg_lse], *upstream, spec, needs_grad)
 
 
 def cut_small(patch: pytest.MonkeyPatch) -> None:

@@ -207,11 +207,11 @@ def test_opcheck(mixed, normalize, ids, compute_dtype):
     bases = views if mixed is None else views[:2]
     every = [*[True] * len(bases), mixed is not None, True]
     for needs in (every, [True, *[False] * len(bases), True]):
-        forward = (bases, mixing_of(spec), scale, [ids], [], spec.text(), needs)
+        forward = (bases, mixing_of(spec), scale, [ids], spec.text(), needs)
         opcheck(torch.ops.gcl_kernels.neg_lse.default, forward)
         neg_lse, own_logits, *saved = torch.ops.gcl_kernels.neg_lse(*forward)
         upstream = torch.rand_like(neg_lse), torch.rand_like(own_logits)
-        backward = (bases, scale, [ids], [], [*saved, neg_lse], *upstream, spec.text(), needs)
+        backward = (bases, scale, [ids], [*saved, neg_lse], *upstream, spec.text(), needs)
         opcheck(torch.ops.gcl_kernels.neg_lse_backward.default, backward)
 
 
@@ -223,10 +223,10 @@ def test_opcheck_with_options_on_the_candidates(mixed):
     bases = views if mixed is None else views[:2]
     needs = [*[True] * len(bases), mixed is not None, True]
     data = [torch.arange(n) // 2, torch.randn(3, n), torch.rand(3, n)]
-    extra = [torch.randn(5, views[0].shape[1]), torch.arange(5), None]
-    forward = (bases, mixing_of(spec), scale, data, extra, spec.text(), needs)
+    data += [torch.randn(5, views[0].shape[1]), torch.arange(5), None]
+    forward = (bases, mixing_of(spec), scale, data, spec.text(), needs)
     opcheck(torch.ops.gcl_kernels.neg_lse.default, forward)
     neg_lse, own_logits, *saved = torch.ops.gcl_kernels.neg_lse(*forward)
     upstream = torch.rand_like(neg_lse), torch.rand_like(own_logits)
-    backward = (bases, scale, data, extra, [*saved, neg_lse], *upstream, spec.text(), needs)
+    backward = (bases, scale, data, [*saved, neg_lse], *upstream, spec.text(), needs)
     opcheck(torch.ops.gcl_kernels.neg_lse_backward.default, backward)

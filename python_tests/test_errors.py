@@ -205,7 +205,7 @@ CASES = {
     "reduction": (
         lambda: gcl_loss(E, E, reduction="avg"),
         ValueError,
-        r"reduction: .*'none', got 'avg'",
+        r"reduction: .*'none', 'pairs', got 'avg'",
     ),
     "self_similarity": (
         lambda: gcl_loss(E, E, self_similarity="drop"),
