@@ -226,6 +226,20 @@ def resolve_sample_ids(sample_ids: Tensor | None, like: Tensor) -> Tensor | None
     return sample_ids.to(torch.int64).contiguous()
 
 
+def check_present(present: Any, num_views: int, like: Tensor) -> None:
+    """Raise unless it is None or [V, N] booleans on the embeddings' device."""
+    if present is None:
+        return
+    if not isinstance(present, Tensor) or present.dtype != torch.bool:
+        kind = present.dtype if isinstance(present, Tensor) else type(present).__name__
+        raise TypeError(f"present: expected a bool tensor of shape [V, N], got {kind}")
+    if tuple(present.shape) != (num_views, like.shape[0]):
+        shape = [num_views, like.shape[0]]
+        raise ValueError(f"present: expected shape {shape}, got {_shape(present)}")
+    if present.device != like.device:
+        raise ValueError(f"present: expected device {like.device}, got {present.device}")
+
+
 def check_scalar_tensor(name: str, value: Any, device: torch.device | None) -> None:
     """Raise if it is a tensor, and not a floating one of shape [] or [1] on this device (None: any
     device)."""

@@ -25,6 +25,7 @@ LAYERS = [
     "passes",
     "operators",
     "losses",
+    "ranks",
     "integrations",
     "retrieval",
 ]
@@ -141,9 +142,12 @@ def test_public_names():
         "backends",
         "clip_loss",
         "gcl_loss",
+        "hits",
         "multiview_contrastive_loss",
         "neg_lse",
         "nt_xent_loss",
+        "positive_ranks",
+        "watch_ranks",
     }
     for name in gcl_kernels.__all__:
         assert getattr(gcl_kernels, name).__doc__
