@@ -3,7 +3,8 @@
     python -m benchmarks.table BENCHMARK.json [--record benchmarks/results/cpu.json]
 
 reads what ``pytest --benchmark-json`` wrote for ``bench_loss.py``, measures memory and errors,
-prints all, and with ``--record`` keeps them with machine, versions and commit.
+prints all, and with ``--record`` keeps them with machine, versions and commit, and draws the record
+(``figures.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from statistics import median
 import torch
 
 from benchmarks.bench_loss import FLOOR, FLOOR_SIZE, PEERS
+from benchmarks.figures import draw
 from benchmarks.memory import measure_all
 from benchmarks.peers import JAX, NUM_VIEWS, OURS, OWN, errors, peers, product_flops
 from benchmarks.record import caption, environment
@@ -165,6 +167,8 @@ def main() -> None:
     if arguments.record:
         record = {"environment": machine, "speed": speed, "errors": accuracy, "memory": memory}
         arguments.record.write_text(json.dumps(record, indent=1) + "\n")
+        for picture in draw(arguments.record):
+            print(picture)
 
 
 if __name__ == "__main__":

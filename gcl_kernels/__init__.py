@@ -9,6 +9,7 @@ from gcl_kernels.losses import (
     neg_lse,
     nt_xent_loss,
 )
+from gcl_kernels.ranks import hits, positive_ranks, watch_ranks
 
 __version__ = "0.1.0"
 
@@ -17,7 +18,10 @@ __all__ = [
     "backends",
     "clip_loss",
     "gcl_loss",
+    "hits",
     "multiview_contrastive_loss",
     "neg_lse",
     "nt_xent_loss",
+    "positive_ranks",
+    "watch_ranks",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks import bench_loss, gpu_report, record, table
+from benchmarks import bench_loss, check, figures, gpu_report, record, table
 from benchmarks.peers import NUM_VIEWS, dense_clip, errors, peers
 from gcl_kernels.backends import cpu
 
@@ -242,3 +243,132 @@ def test_records_name_processor_instruction_set_and_products(tmp_path: Path, mon
             cpu._cpu.use_products(before)
     monkeypatch.setattr(cpu, "_WHY_UNAVAILABLE", "not built")
     assert record.environment()["products"] == "PyTorch's"
+
+
+def points_of(picture: Path, color: str) -> list[list[tuple[float, float]]]:
+    """Lines of a color in a picture, without those of its legend."""
+    lines = [
+        [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
+        for line in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}polyline")
+        if line.attrib["stroke"] == color
+    ]
+    return lines[:-1]
+
+
+def test_pictures_show_a_record(tmp_path: Path):
+    speed = [
+        {
+            "task": task,
+            "n": n,
+            "d": 512,
+            "dtype": "float32",
+            "milliseconds": n * n / 1e3,
+            "times": {"dense eager": 4.0, "tuned eager": 2.0, "backend tiled": 1.5},
+            **({"efficiency": 0.5} if n == 1024 else {}),
+        }
+        for task in ("gcl", "fused")
+        for n in (32, 64, 128, 1024)
+    ]
+    speed.append({**speed[0], "d": 768, "n": 4096})
+    speed.append({**speed[-1], "d": 512, "dtype": "bfloat16"})
+    memory = [{"peer": "gcl_kernels", "n": n, "d": 512, "megabytes": n / 64} for n in (1024, 4096)]
+    machine = {"cpu": "A & B", "threads": 2, "torch": "2", "commit": "abc"}
+    path = tmp_path / "here.json"
+    path.write_text(json.dumps({"environment": machine, "speed": speed, "memory": memory}))
+    whole, overview = figures.draw(path, tmp_path)
+    assert [of.name for of in (whole, overview)] == ["bench_here.svg", "bench_here_overview.svg"]
+    assert "prefers-color-scheme: dark" in whole.read_text()
+
+    *losses, used = points_of(whole, figures.STYLES["gcl_kernels"].color)
+    assert [len(line) for line in (*losses, used)] == [4, 4, 2]
+    dense = points_of(whole, figures.STYLES["dense eager"].color)
+    fastest = points_of(whole, figures.STYLES[figures.FASTEST].color)
+    assert len(dense) == len(fastest) == 2  # of both losses, not of memory
+    for ours, slow, best in zip(losses, dense, fastest, strict=True):
+        (x_0, y_0), (x_1, y_1), (x_2, y_2), (x_3, y_3) = ours
+        assert x_2 - x_1 == pytest.approx(x_1 - x_0, abs=0.4)  # doubled
+        assert x_3 - x_2 == pytest.approx(3 * (x_1 - x_0), abs=0.4)
+        double = y_0 - y_1
+        assert y_2 - y_3 == pytest.approx(3 * double, abs=0.4) and double > 10
+        for (x, y), (x_slow, y_slow), (x_best, y_best) in zip(ours, slow, best, strict=True):
+            assert x == x_slow == x_best
+            assert y - y_slow == pytest.approx(2 * double, abs=0.4)
+            assert y - y_best == pytest.approx(double, abs=0.4)  # no backend of ours
+    # Half of 1024 us a sample, and less with N.
+    floor = figures.speed_panel("gcl", speed).series[figures.FLOOR]
+    assert floor[-1] == (1024, pytest.approx(512)) and floor[0] == (32, pytest.approx(16))
+    assert len(points_of(overview, figures.STYLES["gcl_kernels"].color)) == 2
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu_avx2", "cpu_avx2_small"])
+def test_committed_records_can_be_drawn(tmp_path: Path, name: str):
+    for picture in figures.draw(record.RESULTS / f"{name}.json", tmp_path):
+        assert points_of(picture, figures.STYLES["gcl_kernels"].color)
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    """A folder of records, one of which is of this kind of machine, has yardsticks and a size that
+    is soon measured."""
+    kind = {key: record.environment()[key] for key in check.KIND}
+    row = {"task": "clip", "n": 64, "d": 512, "dtype": "float32", "milliseconds": 1.0}
+    row["times"] = dict.fromkeys(check.YARDSTICKS, 2.0)
+    rows = [row, {**row, "n": 128}]
+    for name, environment, speed in (
+        ("other", {**kind, "products": "others"}, rows * 3),
+        ("older", kind, [{**row, "times": {"dense eager": 2.0}}] * 3),
+        ("large", kind, [{**row, "n": 4096}] * 3),
+        ("right", {**kind, "threads": torch.get_num_threads()}, rows),
+    ):
+        data = {"environment": environment, "speed": speed}
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    return tmp_path
+
+
+def test_check_takes_the_record_of_this_kind_of_machine(committed, monkeypatch, capsys):
+    found = check.find_record(record.environment(), committed)
+    assert found == committed / "right.json"
+    found.unlink()
+    assert check.find_record(record.environment(), committed) is None
+    monkeypatch.setattr(check, "find_record", lambda _: None)
+    assert check.main([]) == 2
+    assert "expected a record of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ours", "lost"),
+    [
+        (lambda call: 1.1, []),
+        (lambda call: 1.3 if call == 0 else 1.0, []),  # once in a turn, as on a busy machine
+        (lambda call: 1.3 if call < check.TURNS else 1.0, []),  # not when measured again
+        (lambda call: 1.3, [64]),
+    ],
+)
+def test_check_fails_where_a_loss_is_slower(committed, monkeypatch, capsys, ours, lost):
+    """Of two sizes one; all peers take twice what they took, as on a slower machine."""
+    calls = 0
+
+    def seconds(row: dict, peer: str) -> float:
+        nonlocal calls
+        if peer != "gcl_kernels":
+            return 4.0
+        if row["n"] == 128:
+            return 2.0
+        calls += 1
+        return 2.0 * ours(calls - 1)
+
+    monkeypatch.setattr(check, "seconds", seconds)
+    code = check.main(["--record", str(committed / "right.json"), "--losses", "clip"])
+    out, err = capsys.readouterr()
+    assert code == (1 if lost else 0)
+    assert (f"`clip_loss`, float32, N = {lost[0]}, D = 512" in err) if lost else not err
+    assert out.count("held") == 2 - len(lost) and out.count("LOST") == len(lost)
+    assert check.main(["--record", str(committed / "right.json"), "--losses", "gcl"]) == 0
+
+
+def test_check_measures(monkeypatch):
+    monkeypatch.setattr(check, "SECONDS", 0.001)
+    row = {"task": "clip", "n": 8, "d": 4, "dtype": "float32"}
+    now = check.measure(row)
+    assert now.keys() == set(check.YARDSTICKS) and min(now.values()) > 0
+    assert check.slower({**row, "times": {peer: 1e9 for peer in now}}) > 1

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "docs/own_losses.md"]
@@ -22,10 +23,10 @@ def code_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-def run_blocks(page: str) -> dict:
+def run_blocks(page: str, change: tuple[str, str] = ("", "")) -> dict:
     namespace: dict = {}
     for block in code_blocks((ROOT / page).read_text()):
-        exec(compile(block, page, "exec"), namespace)
+        exec(compile(block.replace(*change), page, "exec"), namespace)
     return namespace
 
 
@@ -112,3 +113,78 @@ def test_debiased_and_decoupled_losses():
     off = x.masked_fill(torch.eye(9, dtype=torch.bool), -torch.inf)
     expected = (off.logsumexp(1).mean() + off.logsumexp(0).mean()) / 2 - x.diagonal().mean()
     torch.testing.assert_close(namespace["decoupled_loss"](e_1, e_2), expected)
+
+
+N = 11
+LABELS = torch.arange(N) * 7 % 4
+
+
+def cosines(e_1: Tensor, e_2: Tensor) -> Tensor:
+    return F.normalize(e_1, dim=-1) @ F.normalize(e_2, dim=-1).T
+
+
+def both_ways(x: Tensor, target: Tensor) -> Tensor:
+    """Mean cross-entropy of both directions with symmetric targets."""
+    losses = [-(target * rows.log_softmax(1)).sum(1).mean() for rows in (x, x.T)]
+    return (losses[0] + losses[1]) / 2
+
+
+def dense_unicl(e_i: Tensor, e_t: Tensor) -> Tensor:
+    same = (LABELS[:, None] == LABELS).double()
+    return both_ways(cosines(e_i, e_t) / 0.07, same / same.sum(1, keepdim=True))
+
+
+def dense_smoothed(e_i: Tensor, e_t: Tensor) -> Tensor:
+    eye = torch.eye(N, dtype=torch.float64)
+    return both_ways(cosines(e_i, e_t) / 0.07, 0.9 * eye + 0.1 / N)
+
+
+def dense_margin(e_i: Tensor, e_t: Tensor) -> Tensor:
+    eye = torch.eye(N, dtype=torch.float64)
+    return both_ways((cosines(e_i, e_t) - 0.3 * eye) / 0.07, eye)
+
+
+def dense_hard_negatives(e_1: Tensor, e_2: Tensor) -> Tensor:
+    x = cosines(torch.cat([e_1, e_2]), torch.cat([e_1, e_2])) / 0.5
+    losses = []
+    for row in range(2 * N):
+        negatives = torch.stack([x[row, k] for k in range(2 * N) if (k - row) % N])
+        weights = negatives.exp() / negatives.exp().mean()
+        positive = x[row, (row + N) % (2 * N)].exp()
+        losses.append(-(positive / (positive + (weights * negatives.exp()).sum())).log())
+    return torch.stack(losses).mean()
+
+
+def dense_triplet(query: Tensor, document: Tensor, hard: Tensor) -> Tensor:
+    x = cosines(query, torch.cat([document, hard])) / 0.05
+    return F.cross_entropy(x, torch.arange(N))
+
+
+RECIPES = {
+    "unicl_loss": (dense_unicl, 2, (LABELS, 4), ("sums.flip(0)", "sums")),
+    "smoothed_clip_loss": (dense_smoothed, 2, (), ("keepdim=True).flip(0)", "keepdim=True)")),
+    "margin_loss": (dense_margin, 2, (), ("margin=0.3", "margin=0.301")),
+    "hard_negatives_loss": (dense_hard_negatives, 2, (), ("n = 2 * e_1.shape[0] - 2", "n = 22")),
+    "triplet_loss": (dense_triplet, 3, (), ("[0, 1, 1]", "[0, 1, 0]")),
+}
+"""By name: the definition, its embeddings, what else the page's function takes, a planted error."""
+
+
+def loss_and_gradients(function, views: list[Tensor], *rest) -> list[Tensor]:
+    views = [view.clone().requires_grad_() for view in views]
+    loss = function(*views, *rest)
+    return [loss, *torch.autograd.grad(loss, views)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_their_definitions(name):
+    dense, count, rest, error = RECIPES[name]
+    generator = torch.Generator().manual_seed(1)
+    views = list(torch.randn(count, N, 6, dtype=torch.float64, generator=generator))
+    expected = loss_and_gradients(dense, views)
+    found = loss_and_gradients(run_blocks("docs/own_losses.md")[name], views, *rest)
+    torch.testing.assert_close(found, expected)
+    planted = run_blocks("docs/own_losses.md", error)[name]
+    for wrong, right in zip(loss_and_gradients(planted, views, *rest), expected, strict=True):
+        # Of a margin's thousandth the gradient sees as little as the loss.
+        assert (wrong - right).norm() > 1e-4 * right.norm()

@@ -131,6 +131,18 @@ def test_learnable_fusion_weights(operations, road):
     operations(step)
 
 
+@pytest.mark.parametrize("pool", ["local", "union"])
+def test_ranks(operations, pool):
+    def step() -> None:
+        ids = torch.empty(40, dtype=torch.int64, device=CUDA)
+        present = torch.empty(3, 40, dtype=torch.bool, device=CUDA)
+        options = {"pool": pool, "fusion_weights": (1, 0.5), "present": present}
+        gcl_kernels.hits(gcl_kernels.positive_ranks(embeddings(2), **options, sample_ids=ids))
+        gcl_kernels.positive_ranks(embeddings(2), pool=pool)
+
+    operations(step)
+
+
 @pytest.fixture
 def launches_of_triton(monkeypatch) -> None:
     """Triton's launchers, as on an H100; what they launch is left out."""

@@ -28,6 +28,7 @@ LAYERS = [
     "terms",
     "positives",
     "losses",
+    "ranks",
     "integrations",
     "retrieval",
 ]
@@ -144,9 +145,12 @@ def test_public_names():
         "backends",
         "clip_loss",
         "gcl_loss",
+        "hits",
         "multiview_contrastive_loss",
         "neg_lse",
         "nt_xent_loss",
+        "positive_ranks",
+        "watch_ranks",
     }
     for name in gcl_kernels.__all__:
         assert getattr(gcl_kernels, name).__doc__

@@ -28,6 +28,7 @@ from test_docs import ROOT, code_blocks
 import gcl_kernels
 from gcl_kernels.integrations import open_clip as gcl
 
+PAGE = (ROOT / "docs/open_clip.md").read_text()
 TINY = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 1, "head_width": 32},
@@ -356,7 +357,7 @@ def test_checkpoints_of_fusion_weights_in_open_clips_factory(tiny_config, tmp_pa
     with pytest.raises(RuntimeError, match="fusion_weights"):
         open_clip.create_model(tiny_config, str(checkpoint))
     names = {"checkpoint": checkpoint, "plain_checkpoint": plain_checkpoint}
-    page = code_blocks((ROOT / "docs/open_clip.md").read_text())
+    page = code_blocks(PAGE)
     exec(next(code for code in page if "plain_checkpoint" in code), globals() | names)
     plain = open_clip.create_model(tiny_config, str(plain_checkpoint))
     assert type(plain) is open_clip.CLIP and torch.equal(plain.visual.proj, trained.visual.proj)
@@ -364,11 +365,7 @@ def test_checkpoints_of_fusion_weights_in_open_clips_factory(tiny_config, tmp_pa
 
 def test_page_loop_of_ones_own(tiny_config, tmp_path):
     """The page's loop trains with CLIP-SF, and bounds the scale."""
-    code = next(
-        code
-        for code in code_blocks((ROOT / "docs/open_clip.md").read_text())
-        if "for image, text in loader" in code
-    )
+    code = next(code for code in code_blocks(PAGE) if "for image, text in loader" in code)
     start = tiny_clip(seed=3)
     start.logit_scale.data.fill_(5.0)
     torch.save(start.state_dict(), tmp_path / "start.pt")
@@ -667,7 +664,9 @@ def test_open_clips_program_trains(
             return super().forward(*args, **kwargs)
 
     monkeypatch.setattr(gcl, "GCLLoss", Recorded)
-    monkeypatch.setattr(program, "create_loss", gcl.create_loss)
+    monkeypatch.setattr(program, "create_loss", None)  # which the page assigns
+    code = next(code for code in code_blocks(PAGE) if "watch_ranks" in code)
+    exec(code, {"gcl": gcl, "gcl_kernels": gcl_kernels, "logging": logging, "program": program})
     if fused:
         monkeypatch.setattr(
             program,
@@ -691,6 +690,12 @@ def test_open_clips_program_trains(
     assert len(called) == accum_freq * len(logged)
     # log(95): the loss of a model that cannot tell the 3 * 32 - 1 candidates of a row apart
     assert logged[-1] < 0.8 * min(logged[0], math.log(95)), logged
+
+    hits = [json.loads(of.replace("nan", "0")) for of in re.findall(r"hit@1: (.+)", log)]
+    assert len(hits) == len(logged)
+    # Of the 93 embeddings of other samples: by chance a name and a picture together stand nearest
+    # to the name in one of 94.
+    assert hits[-1][2][1] > 0.2, hits[-1]
 
     assert "image_to_text_R@1" in log  # its evaluation ran, on the model's dict
     checkpoint = tmp_path / "run" / "checkpoints" / f"epoch_{epochs}.pt"

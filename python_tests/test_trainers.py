@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import logging
 import math
 import os
 import sys
@@ -514,6 +515,25 @@ def test_page_sentence_transformers(model, tmp_path):
     assert logged(got, "loss") == [pytest.approx(float(sum(losses)) / 2, rel=1e-3)]
     assert logged(got, "eval_loss") == [pytest.approx(float(sum(evaluated)) / 2, rel=1e-3)]
     assert got.state.best_metric == logged(got, "eval_loss")[0]
+
+
+@pytest.mark.parametrize("mini_batch_size", [None, 4])
+def test_page_in_batch_retrieval_figures(model, caplog, mini_batch_size):
+    """Of the embeddings that the loss was given, whether cached or not."""
+    caplog.set_level(logging.INFO)
+    loss = GCLLoss(model, mini_batch_size=mini_batch_size)
+    run_snippet("In-batch retrieval figures", loss=loss)
+    given = columns(model)
+    with torch.no_grad():
+        views = [model(copy.deepcopy(column))["sentence_embedding"] for column in given]
+        loss(copy.deepcopy(given), None)
+    assert not caplog.messages
+    loss(copy.deepcopy(given), None).backward()
+    ranks = gcl_kernels.positive_ranks(views, pool="union", fusion_weights=(1, 1))
+    hit = gcl_kernels.hits(ranks).tolist()
+    assert caplog.messages == [
+        f"hit@1: image to text {hit[0][1]:.3f}, text to image {hit[1][0]:.3f}"
+    ]
 
 
 def test_page_ranking_losses(model):
