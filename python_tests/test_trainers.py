@@ -718,6 +718,39 @@ def test_page_gradient_caching():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_page_queue():
+    """The second batch meets the first's embeddings, and so on; the oldest leave."""
+    model = towers()
+    image, text = vectors(16)
+    loader = list(zip(image.split(4), text.split(4), strict=True))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    dim = model(*loader[0])[0].shape[1]
+    found = run_snippet(
+        "A queue of negatives",
+        change=lambda code: code.replace("[:4096]", "[:20]"),
+        model=model,
+        loader=loader,
+        dim=dim,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+    )
+    copy_of = towers()
+    copy_of.load_state_dict(before)
+    queue = torch.empty(0, dim)
+    for images, texts in loader:
+        e_i, e_t, scale = copy_of(images, texts)
+        more = {"extra_negatives": queue} if len(queue) else {}
+        loss = dense_gcl([e_i, e_t], scale, **more)
+        copy_of.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in copy_of.parameters():
+                parameter -= parameter.grad
+        last = torch.nn.functional.normalize(torch.cat([e_i, e_t, e_i + e_t]).detach(), dim=1)
+        queue = torch.cat([last, queue])[:20]
+    torch.testing.assert_close(found["queue"], queue, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["loss"], loss, rtol=1e-4, atol=1e-5)
+
+
 def on_half_of_the_batch(clip_folder: str, folder: str) -> dict:
     """What came of each snippet in one of two processes."""
     rank = int(os.environ["RANK"])
