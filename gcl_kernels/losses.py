@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gcl_kernels.dispatch import check_backend, resolve_backend
+from gcl_kernels.dispatch import check_backend, half_dtypes, resolve_backend
 from gcl_kernels.distributed import check_group, resolve_group
 from gcl_kernels.operators import negatives, small_loss
 from gcl_kernels.problem import SampleData
@@ -135,7 +135,8 @@ def _prepare(
     data = SampleData(resolve_sample_ids(given.sample_ids, views[0]))
     check_normalize(given.normalize)
     device = views[0].device
-    compute_dtype = resolve_compute_dtype(given.compute_dtype, views)
+    of_half = half_dtypes(given.backend, device)
+    compute_dtype = resolve_compute_dtype(given.compute_dtype, views, of_half)
     scale, max_scale = resolve_scale(
         given.logit_scale, given.temperature, device, accum_dtype_of(compute_dtype)
     )
@@ -321,8 +322,8 @@ def gcl_loss(
         reduction: ``"mean"``, ``"sum"``, or ``"none"`` for N losses, whose mean is the mean (of a
             ``group``, that of all processes' losses).
         compute_dtype: dtype of the matrix products. Default: autocast's where enabled, else the
-            inputs' common dtype. Half types are used on CUDA devices; elsewhere they compute in
-            float32.
+            inputs' common dtype. Half types are used on CUDA devices, and bfloat16 by the backend
+            ``cpu`` on processors that multiply it; elsewhere they compute in float32.
         backend: ``"auto"`` or a name of :func:`gcl_kernels.backends`.
         group: the processes that share the batch: ``"world"`` for all, or a ``torch.distributed``
             process group. Each gives its own samples, at least one; N may differ. All of them must

@@ -102,8 +102,9 @@ class Arena {
 };
 
 // Embedded and problem come without their tables' addresses; elements: of all tiles of the plan.
-// Mixing, and a base's gradient, as in `embed` and `gradients`.
-template <class T>
+// Mixing, and a base's gradient, as in `embed` and `gradients`. Z: as products take z, all else
+// takes what it is rounded from.
+template <class T, class Z = T>
 static void loss(Embedded e, Problem p, const std::vector<BlockPlace>& plan, int64_t elements,
                  const Terms& terms, double divisor, const std::vector<Address>& bases,
                  const std::vector<int64_t>& pitches, Address mixing, double absent,
@@ -117,8 +118,14 @@ static void loss(Embedded e, Problem p, const std::vector<BlockPlace>& plan, int
   e.coefficients = p.row_coefficients = p.col_coefficients = arena.table(mixed);
   const Address own = arena.table(v * v * n), lse = arena.table(v * n);
   embed<T>(e, bases, pitches, mixing, absent, own);
+  std::unique_ptr<Z[]> half;
+  if constexpr (std::is_same<Z, Bfloat16>::value) {
+    half.reset(new Z[numbers]);
+    for (int64_t k = 0; k < numbers; ++k) half[k] = rounded(at<T>(e.z)[k]);
+    p.z = address(half.get());
+  }
   const Address kept = arena.table(elements);
-  statistics<T>(p, plan, kept, elements, lse);
+  statistics<T, Z>(p, plan, kept, elements, lse);
 
   const Address grad_own = arena.table(v * v * n), grad_lse = arena.table(v * n);
   T* losses = at<T>(arena.table(n));
@@ -129,7 +136,7 @@ static void loss(Embedded e, Problem p, const std::vector<BlockPlace>& plan, int
 
   const Address sums = arena.table(numbers), inner = mixing ? arena.table(mixed) : 0;
   if (inner) std::fill_n(at<T>(inner), mixed, T(0));
-  matrix_gradient<T>(p, plan, kept, elements, lse, grad_lse, needs_base, sums, inner);
+  matrix_gradient<T, Z>(p, plan, kept, elements, lse, grad_lse, needs_base, sums, inner);
   gradients<T>(e, sums, inner, grad_own, grads, grad_mixing, grad_scale);
 }
 

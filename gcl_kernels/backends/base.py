@@ -70,6 +70,11 @@ class Backend:
         be that it is not available."""
         return None
 
+    def half_dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        """The half types whose products it takes as such on this device; the others compute in
+        float32."""
+        return HALF_DTYPES if device.type == "cuda" else ()
+
     def loss(
         self,
         bases: Sequence[Tensor],
@@ -109,7 +114,8 @@ class Backend:
     def block_weights(
         self, problem: Problem, block: Block, rows: Lines, cols: Lines, workspace: Workspace
     ) -> Tensor:
-        """``H`` of one block, in the compute dtype, valid until the next call with this workspace.
+        """``H`` of one block, in the compute dtype, valid until the next call with this workspace;
+        or in the accumulation dtype, for ``add_product`` to round.
 
         A row without a negative has ``lse = inf``: every weight in it is then zero. A kept tile is
         what ``block_stats`` left, and stays as it is.
