@@ -52,14 +52,15 @@ class Backend:
             formed, as a third view like any other.
         makes_losses: it has :meth:`loss`, for small batches.
         keeps_tiles: the first tiles stay in memory between the passes, see ``problem``.
-        halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
-            plan then cuts these blocks finer.
+        halves_diagonal: if not 0, it computes both halves of a block on the diagonal, which are
+            equal; the plan then cuts these blocks finer, of several each, and one that is alone
+            from this many rows on.
     """
 
     fuses_scores = True
     makes_losses = False
     keeps_tiles = False
-    halves_diagonal = False
+    halves_diagonal = 0
 
     def why_unavailable(self) -> str | None:
         """None where it can run on a device of this machine, else the reason."""

@@ -3,9 +3,9 @@
 Definitions as in ``tiled``. One call computes a block's statistics or weights in one pass over the
 tile while it lies in the cache, and one call makes unit vectors or their gradients. A whole pass
 over the blocks is one call, too: matrix products are those of PyTorch's BLAS, whose functions the
-extension is given, or its own where those are faster. The extension ``gcl_kernels._cpu``
-(``csrc/cpu``) takes addresses, so that it serves every PyTorch; what it computes itself does not
-depend on the number of threads.
+extension is given, or its own where those are faster and for bfloat16, to which weights are rounded
+as they are multiplied. The extension ``gcl_kernels._cpu`` (``csrc/cpu``) takes addresses, so that
+it serves every PyTorch; what it computes itself does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ BLOCK_ROWS = 768
 
 FUSED_BLOCK_ROWS = 768
 """Samples of a block's side in score fusion. 512 took 2 % longer, 1024 as long, measured."""
+
+HALVED_ROWS = 192
+"""Of a block on the diagonal that is alone."""
 
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
@@ -191,7 +194,7 @@ def _whole_plan(
     fused: bool,
     block_rows: int,
     per_view: bool,
-    halves_diagonal: bool,
+    halves_diagonal: int,
 ) -> tuple[list[Any], int]:
     """The blocks of a square problem, and how many elements their tiles have."""
     table: BoolTable = ((True,),) if fused else candidates
@@ -241,7 +244,7 @@ class Cpu(Backend):
     makes_losses = True
     keeps_tiles = True
     # BLAS computes both equal halves of a block on the diagonal, the extension's product one.
-    halves_diagonal = _cpu is None or _cpu.products() != "own"
+    halves_diagonal = HALVED_ROWS if _cpu is None or _cpu.products() != "own" else 0
     multiplies_bfloat16 = _cpu is not None and _cpu.half_instruction() != "none"
 
     def why_unavailable(self) -> str | None:
