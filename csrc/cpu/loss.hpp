@@ -22,16 +22,16 @@ struct Terms {
 };
 
 // One sample's loss from its own logits x [V, V] and its negatives' logsumexp [V], and the gradients
-// of both. Entries lie `pitch` apart; weights count 1 / divisor.
+// of both. Entries lie `pitch` apart; weights: those of the terms, over the reduction's divisor.
 template <class T>
-static T sample_loss(const Terms& t, double divisor, int64_t pitch, const T* x, const T* neg_lse,
+static T sample_loss(const Terms& t, const T* weights, int64_t pitch, const T* x, const T* neg_lse,
                      T* grad_x, T* grad_lse) {
   T loss = 0;
   for (int a = 0; a < t.views; ++a) {
     const T negatives = neg_lse[a * pitch];
     const auto own = [&](int b) { return x[(a * t.views + b) * pitch]; };
     const auto to = [&](int b) -> T& { return grad_x[(a * t.views + b) * pitch]; };
-    const auto weight = [&](int b) { return T(t.weights[a * t.views + b] / divisor); };
+    const auto weight = [&](int b) { return weights[a * t.views + b]; };
     const auto inside = [&](int b) { return t.inside[a * t.views + b]; };
     T total = 0;
     for (int b = 0; b < t.views; ++b) to(b) = 0, total += weight(b);
@@ -129,9 +129,11 @@ static void loss(Embedded e, Problem p, const std::vector<BlockPlace>& plan, int
 
   const Address grad_own = arena.table(v * v * n), grad_lse = arena.table(v * n);
   T* losses = at<T>(arena.table(n));
+  std::vector<T> weights;
+  for (double weight : terms.weights) weights.push_back(T(weight / divisor));
   for (int64_t j = 0; j < n; ++j)
-    losses[j] = sample_loss(terms, divisor, n, at<T>(own, j), at<T>(lse, j), at<T>(grad_own, j),
-                            at<T>(grad_lse, j));
+    losses[j] = sample_loss(terms, weights.data(), n, at<T>(own, j), at<T>(lse, j),
+                            at<T>(grad_own, j), at<T>(grad_lse, j));
   *at<T>(out) = sum(losses, n);
 
   const Address sums = arena.table(numbers), inner = mixing ? arena.table(mixed) : 0;
