@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from block_checks import RECTANGLES, Kernels, check_fused_rectangle, check_rectangle
 from calls import half_on_a_gpu
 from contract import OPTIONS, check, collapsed_views, every_road, random_views
 from torch import Tensor
@@ -227,6 +228,14 @@ def test_a_small_loss_in_one_call_is_the_passes(instruction, monkeypatch, road, 
         assert one.dtype == other.dtype
         # Unit vectors may lie between two of bfloat16, too.
         torch.testing.assert_close(one, other, rtol=2**-7, atol=2**-8 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("check", [check_rectangle, check_fused_rectangle])
+@pytest.mark.parametrize("name", RECTANGLES)
+def test_rectangle(instruction, check, name):
+    """Own rows against the embeddings of other processes."""
+    # Weights are rounded as they are multiplied.
+    check(Kernels("cpu", CPU, "cpu", True, {torch.bfloat16: 0.0}), RECTANGLES[name], torch.bfloat16)
 
 
 # --- Which dtype a call computes in ---------------------------------------------------------------
