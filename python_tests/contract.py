@@ -115,7 +115,10 @@ def check(
     result, exact = run(ours(backend), None), run(definition, torch.float64)
     # Products of half types: the dense computation rounds the unit vectors as well.
     half = compute in HALF_DTYPES
-    dense = run(ours("reference"), None) if half else run(definition, accum)
+    with pytest.MonkeyPatch.context() as patch:
+        # By itself ``reference`` computes in float32 on a CPU.
+        patch.setattr(gcl_kernels.losses, "resolve_compute_dtype", lambda *_: compute)
+        dense = run(ours("reference"), None) if half else run(definition, accum)
     assert result["loss"].dtype == accum
     for name, given in zip(NAMES, inputs, strict=False):
         assert name not in result or result[name].dtype == given.dtype

@@ -11,7 +11,6 @@ from functools import partial
 import pytest
 import torch
 from block_checks import RECTANGLES, Kernels, check_fused_rectangle, check_rectangle
-from calls import half_on_a_gpu
 from contract import OPTIONS, check, collapsed_views, every_road, random_views
 from torch import Tensor
 
@@ -45,12 +44,6 @@ def multiplying(instruction: str) -> Iterator[None]:
 def instruction(request: pytest.FixtureRequest) -> Iterator[str]:
     with multiplying(request.param):
         yield request.param
-
-
-@pytest.fixture
-def judged_as_on_a_gpu(instruction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``reference``, the measure, rounds embeddings too."""
-    monkeypatch.setattr(losses, "resolve_compute_dtype", half_on_a_gpu)
 
 
 def laid_out(matrix: Tensor, transposed: bool) -> Tensor:
@@ -145,14 +138,14 @@ IDS = {"sample_ids": torch.arange(45) // 2}
 @pytest.mark.parametrize("scale", [14.3, 100.0], ids=["bounded", "running"])
 @pytest.mark.parametrize("options", [*OPTIONS.values(), IDS], ids=[*OPTIONS, "ids"])
 @every_road
-def test_options(judged_as_on_a_gpu, tiling, road, options, scale):
+def test_options(instruction, tiling, road, options, scale):
     check(random_views(45, 37, road=road), scale, **BFLOAT16, **options)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 3, (torch.float32,) * 3], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 @every_road
-def test_inputs(judged_as_on_a_gpu, tiling, road, dtypes, normalize):
+def test_inputs(instruction, tiling, road, dtypes, normalize):
     options = {"compute_dtype": torch.bfloat16, "dtypes": dtypes, "normalize": normalize}
     scale = 20.0 if normalize else 0.2
     check(random_views(21, 24, road=road), scale, backend="cpu", **options)
@@ -162,7 +155,7 @@ def test_inputs(judged_as_on_a_gpu, tiling, road, dtypes, normalize):
 
 @pytest.mark.parametrize("frozen", [(), (1,), (0, 1)], ids=str)
 @pytest.mark.parametrize("upstream", [1.0, -1e-6, 0.0])
-def test_frozen_views(judged_as_on_a_gpu, tiling, road, frozen, upstream):
+def test_frozen_views(instruction, tiling, road, frozen, upstream):
     """Whose scale has a gradient: block by block, in Python."""
     views, given = random_views(40, 32, road=road), torch.tensor(upstream)
     check(views, 20.0, upstream=given, frozen=frozen, **BFLOAT16)
@@ -170,7 +163,7 @@ def test_frozen_views(judged_as_on_a_gpu, tiling, road, frozen, upstream):
 
 @pytest.mark.parametrize("other_positives", ["compete", "exclude"])
 @every_road
-def test_nearly_solved_batch(judged_as_on_a_gpu, road, other_positives):
+def test_nearly_solved_batch(instruction, road, other_positives):
     base = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0][:20]
     views = [base + 1e-3 * noise for noise in random_views(20, 40, road=road)]
     check(views, 100.0, weights=(1.0, 1.0), other_positives=other_positives, **BFLOAT16)

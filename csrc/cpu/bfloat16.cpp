@@ -167,6 +167,7 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
+static_assert(sizeof(TileConfig) == 64);
 static const TileConfig eight_tiles = {1,
                                        0,
                                        {},
