@@ -8,7 +8,7 @@ INTERPRETED := $(patsubst %,python_tests/test_%.py,contract score_fusion kernels
 # Of the packages installed, most modules are never imported: each is compiled when it first is.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: test lint demo bench bench-check kernels-report gpu-report clean
+.PHONY: test lint sanitize demo bench bench-check kernels-report gpu-report clean
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
@@ -22,6 +22,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# csrc/cpu's tests with the address and undefined-behaviour sanitizers, in a build of its own.
+sanitize: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m python_tests.sanitized_cpu $(ARGS)
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.emoji_retrieval $(ARGS)

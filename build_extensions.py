@@ -116,7 +116,8 @@ def cpu_recipe(werror: bool) -> Recipe:
     sources = _sources("cpu", "*.cpp")
     cxx = find_cxx()
     openmp = ["-fopenmp"] if has_openmp(cxx) else []
-    compile = [*cxx, *_flags("CPPFLAGS"), *_flags("CXXFLAGS"), "-std=c++17", "-O3", *openmp]
+    # The user's flags last, where they win.
+    compile = [*cxx, "-std=c++17", "-O3", *openmp, *_flags("CPPFLAGS"), *_flags("CXXFLAGS")]
     # psabi: the vectors of csrc/cpu cross no function that is not inlined.
     compile += ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", *_headers()]
     compile += ["-Werror"] if werror else []

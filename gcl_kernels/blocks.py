@@ -162,7 +162,7 @@ def plan_blocks(
     candidates: BoolTable,
     block_rows: int,
     per_view: bool = False,
-    halve_diagonal: bool = False,
+    halve_diagonal: int = 0,
 ) -> tuple[Block, ...]:
     """The blocks to visit, in the order in which their results are accumulated.
 
@@ -171,9 +171,10 @@ def plan_blocks(
         candidates: V x V; a pair of views of which neither is the other's candidate is skipped.
         block_rows: the largest number of rows, and of columns, of a block.
         per_view: cut at view boundaries even where every view is every other's candidate.
-        halve_diagonal: of several, cut blocks on the diagonal into two of half the side and the
-            one between them: for backends that compute both equal halves of a block on the
-            diagonal, a quarter of its product less.
+        halve_diagonal: if not 0, cut blocks on the diagonal into two of half the side and the one
+            between them, where there are several, or one of at least this many rows: for backends
+            that compute both equal halves of a block on the diagonal, a quarter of its product
+            less.
     """
     blocks = []
 
@@ -190,7 +191,8 @@ def plan_blocks(
                     continue
                 for cols in col_cuts[i if m == a else 0 :]:
                     pairs = [(rows, cols)]
-                    if rows == cols and halve_diagonal and len(row_cuts) > 1:
+                    enough = len(row_cuts) > 1 or rows[1] - rows[0] >= halve_diagonal
+                    if rows == cols and halve_diagonal and enough:
                         pairs = list(itertools.combinations_with_replacement(_halves(*rows), 2))
                     for pair in pairs:
                         visit(*pair, a, m)

@@ -12,7 +12,7 @@ from gcl_kernels.backends.cuda import Cuda
 from gcl_kernels.backends.reference import Reference
 from gcl_kernels.backends.tiled import Tiled
 from gcl_kernels.backends.triton import Triton
-from gcl_kernels.spec import check_choice
+from gcl_kernels.spec import HALF_DTYPES, check_choice
 
 ENVIRONMENT_VARIABLE = "GCL_KERNELS_BACKEND"
 """Names the backend that ``backend="auto"`` stands for. An explicit argument wins over it."""
@@ -39,6 +39,23 @@ def check_backend(name: str, origin: str = "backend") -> None:
     check_choice(origin, name, ("auto", *BACKENDS))
 
 
+def _chosen(name: str) -> tuple[str, str]:
+    """What ``backend=name`` stands for, and who says so."""
+    if name == "auto":
+        return os.environ.get(ENVIRONMENT_VARIABLE) or "auto", ENVIRONMENT_VARIABLE
+    return name, "backend"
+
+
+def half_dtypes(name: str, device: torch.device) -> tuple[torch.dtype, ...]:
+    """The half types that a call with ``backend=name`` on this device multiplies as such."""
+    name, origin = _chosen(name)
+    check_backend(name, origin)
+    if device.type == "cuda":  # whichever it will be
+        return HALF_DTYPES
+    names = _PREFERENCE.get(device.type, ()) if name == "auto" else (name,)
+    return tuple(dtype for of in names for dtype in BACKENDS[of].half_dtypes(device))
+
+
 def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype) -> str:
     """The backend that serves a call with ``backend=name`` on this device in this dtype.
 
@@ -46,10 +63,7 @@ def resolve_backend(name: str, device: torch.device, compute_dtype: torch.dtype)
         ValueError: an unknown name.
         RuntimeError: a backend asked for by name cannot serve the call; there is no fallback.
     """
-    origin = "backend"
-    if name == "auto":
-        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-        origin = ENVIRONMENT_VARIABLE
+    name, origin = _chosen(name)
     check_backend(name, origin)
     if name != "auto":
         reason = BACKENDS[name].why_not(device, compute_dtype)

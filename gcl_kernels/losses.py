@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gcl_kernels.dispatch import check_backend, resolve_backend
+from gcl_kernels.dispatch import check_backend, half_dtypes, resolve_backend
 from gcl_kernels.distributed import check_group, resolve_group
 from gcl_kernels.operators import negatives, small_loss
 from gcl_kernels.positives import margin_limits, same_id_loss, unit_views
@@ -108,7 +108,8 @@ def _prepare(
     if extra_ids is not None and ids is None:
         raise ValueError("extra_ids: expected sample_ids to compare them with, got None")
     inputs = views if beyond is None else (*views, beyond)
-    compute_dtype = resolve_compute_dtype(given.compute_dtype, inputs)
+    of_half = half_dtypes(given.backend, device)
+    compute_dtype = resolve_compute_dtype(given.compute_dtype, inputs, of_half)
     accum_dtype = accum_dtype_of(compute_dtype)
     scale, max_scale = resolve_scale(given.logit_scale, given.temperature, device, accum_dtype)
     warn_of_temperature(max_scale, given.normalize)
@@ -358,8 +359,8 @@ def gcl_loss(
             ``group``, that of all processes' losses), or ``"pairs"`` for the 3 x 3 terms whose sum,
             weighted by ``pair_weights``, is the mean; 0 where that weight is 0.
         compute_dtype: dtype of the matrix products. Default: autocast's where enabled, else the
-            inputs' common dtype. Half types are used on CUDA devices; elsewhere they compute in
-            float32.
+            inputs' common dtype. Half types are used on CUDA devices, and bfloat16 by the backend
+            ``cpu`` on processors that multiply it; elsewhere they compute in float32.
         backend: ``"auto"`` or a name of :func:`gcl_kernels.backends`.
         group: the processes that share the batch: ``"world"`` for all, or a ``torch.distributed``
             process group. Each gives its own samples, at least one; N may differ. All of them must

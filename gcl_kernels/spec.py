@@ -483,12 +483,15 @@ def check_normalize(normalize: Any) -> None:
 
 
 def resolve_compute_dtype(
-    compute_dtype: torch.dtype | None, views: Sequence[Tensor]
+    compute_dtype: torch.dtype | None,
+    views: Sequence[Tensor],
+    half_dtypes: Sequence[torch.dtype] = (),
 ) -> torch.dtype:
     """The argument, else autocast's, else the inputs' dtype.
 
-    Half types are multiplied as such on CUDA devices only, where the products accumulate and
-    return float32; elsewhere they compute in float32.
+    Args:
+        half_dtypes: the half types that are multiplied as such, where products accumulate and
+            return float32; the others compute in float32.
     """
     device_type = views[0].device.type
     if compute_dtype is None:
@@ -504,7 +507,7 @@ def resolve_compute_dtype(
             compute_dtype = torch.get_autocast_dtype(device_type)
     else:
         check_compute_dtype(compute_dtype)
-    if compute_dtype in HALF_DTYPES and device_type != "cuda":
+    if compute_dtype in HALF_DTYPES and compute_dtype not in half_dtypes:
         return torch.float32
     return compute_dtype
 

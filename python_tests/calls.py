@@ -83,13 +83,17 @@ def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def emulate_half_products(patch: pytest.MonkeyPatch) -> None:
-    """On a CPU half types compute in float32; this gives ``tiled`` the arithmetic of a GPU: half
-    operands, float32 accumulation and results."""
+    """On a CPU half types compute in float32 with ``tiled``; this gives it the arithmetic of a GPU:
+    half operands, float32 accumulation and results."""
     patch.setattr(BACKENDS["tiled"], "write_product", write_product)
     patch.setattr(BACKENDS["tiled"], "add_product", add_product)
     patch.setattr(losses, "resolve_compute_dtype", half_on_a_gpu)
 
 
-def half_on_a_gpu(compute_dtype: torch.dtype | None, views: Sequence[Tensor]) -> torch.dtype:
+def half_on_a_gpu(
+    compute_dtype: torch.dtype | None,
+    views: Sequence[Tensor],
+    half_dtypes: Sequence[torch.dtype] = (),
+) -> torch.dtype:
     """As ``spec.resolve_compute_dtype`` for tensors on a GPU."""
     return compute_dtype or functools.reduce(torch.promote_types, (view.dtype for view in views))

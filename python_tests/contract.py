@@ -16,6 +16,7 @@ from tolerance import assert_accurate
 from torch import Tensor
 
 import gcl_kernels
+from gcl_kernels.dispatch import half_dtypes
 from gcl_kernels.spec import HALF_DTYPES, accum_dtype_of
 
 every_road = pytest.mark.parametrize("road", ["views", "fused", "formed"], indirect=True)
@@ -85,8 +86,11 @@ def check(
     """
     inputs = [view.to(dtype) for view, dtype in zip(views, dtypes, strict=False)]
     weights = () if len(inputs) == 3 else weights
-    compute = gcl_kernels.losses.resolve_compute_dtype(options.get("compute_dtype"), inputs)
-    accum, device, n = accum_dtype_of(compute), inputs[0].device, len(inputs[0])
+    device, n = inputs[0].device, len(inputs[0])
+    compute = gcl_kernels.losses.resolve_compute_dtype(
+        options.get("compute_dtype"), inputs, half_dtypes(backend, device)
+    )
+    accum = accum_dtype_of(compute)
 
     def run(function: Callable[..., Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
         kind = {"dtype": dtype or accum, "device": device, "requires_grad": True}
@@ -111,7 +115,10 @@ def check(
     result, exact = run(ours(backend), None), run(definition, torch.float64)
     # Products of half types: the dense computation rounds the unit vectors as well.
     half = compute in HALF_DTYPES
-    dense = run(ours("reference"), None) if half else run(definition, accum)
+    with pytest.MonkeyPatch.context() as patch:
+        # By itself ``reference`` computes in float32 on a CPU.
+        patch.setattr(gcl_kernels.losses, "resolve_compute_dtype", lambda *_: compute)
+        dense = run(ours("reference"), None) if half else run(definition, accum)
     assert result["loss"].dtype == accum
     for name, given in zip(NAMES, inputs, strict=False):
         assert name not in result or result[name].dtype == given.dtype

@@ -21,7 +21,7 @@ TABLES = [
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("per_view", [False, True])
-@pytest.mark.parametrize("halve", [False, True])
+@pytest.mark.parametrize("halve", [0, 1, 40])
 def test_every_needed_entry_is_visited_once(table, per_view, halve):
     for n, block_rows in itertools.product([1, 2, 5, 16, 17, 33, 50], [16, 32, 64]):
         size = len(table) * n
@@ -89,6 +89,11 @@ def test_halved_diagonal():
     covered = [sum(b.shape[0] * b.shape[1] for b in plan) for plan in (whole, halved)]
     assert covered == [10 * 48**2, 10 * 48**2 - 4 * (16 * 32)]  # 48 is cut into 32 and 16
     assert plan_blocks(5, TABLES[0], 16, halve_diagonal=True) == plan_blocks(5, TABLES[0], 16)
+    # One that is alone, of 48 rows.
+    assert [len(plan_blocks(16, TABLES[0], 48, halve_diagonal=least)) for least in (48, 49)] == [
+        3,
+        1,
+    ]
 
 
 def test_the_plan_is_stable():

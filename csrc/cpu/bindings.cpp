@@ -17,6 +17,13 @@ static const std::pair<const char*, Isa> instruction_sets[] = {
 static const std::pair<const char*, Products> products[] = {
     {"own", Products::own}, {"blas", Products::blas}, {"pytorch", Products::pytorch}};
 
+static const std::pair<const char*, HalfInstruction> half_instructions[] = {
+    {"none", HalfInstruction::none},
+    {"amx", HalfInstruction::amx},
+    {"avx512_bf16", HalfInstruction::avx512_bf16},
+    {"amx_model", HalfInstruction::amx_model},
+    {"avx512_bf16_model", HalfInstruction::avx512_bf16_model}};
+
 static bool supported(Products chosen) {
   return chosen != Products::blas || (gemm<float> && gemm<double>);
 }
@@ -108,6 +115,8 @@ PYBIND11_MODULE(_cpu, m) {
   bind_choice<Products>(
       m, "products", products, "products", [] { return products_in_use; },
       [](Products chosen) { products_in_use = chosen; });
+  bind_choice(m, "half_instruction", half_instructions, "half_instructions",
+              half_instruction_in_use, use_half_instruction);
   // Addresses of sgemm_ and dgemm_, from then on in use unless the own product is.
   m.def("set_blas", [](Address single, Address twice) {
     gemm<float> = reinterpret_cast<Gemm<float>>(single);
@@ -133,6 +142,11 @@ PYBIND11_MODULE(_cpu, m) {
   both("block_weights", block_weights<float>, block_weights<double>);
   both("statistics", statistics<float>, statistics<double>);
   both("matrix_gradient", matrix_gradient<float>, matrix_gradient<double>);
+  m.def("product_bfloat16", half_product<Bfloat16>);
+  m.def("rounded_product_bfloat16", half_product<float>);
+  m.def("statistics_bfloat16", statistics<float, Bfloat16>);
+  m.def("matrix_gradient_bfloat16", matrix_gradient<float, Bfloat16>);
+  m.def("loss_bfloat16", loss<float, Bfloat16>);
   both("embed", embed<float>, embed<double>);
   both("gradients", gradients<float>, gradients<double>);
   both("loss", loss<float>, loss<double>);

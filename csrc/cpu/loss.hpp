@@ -22,16 +22,16 @@ struct Terms {
 };
 
 // One sample's loss from its own logits x [V, V] and its negatives' logsumexp [V], and the gradients
-// of both. Entries lie `pitch` apart; weights count 1 / divisor.
+// of both. Entries lie `pitch` apart; weights: those of the terms, over the reduction's divisor.
 template <class T>
-static T sample_loss(const Terms& t, double divisor, int64_t pitch, const T* x, const T* neg_lse,
+static T sample_loss(const Terms& t, const T* weights, int64_t pitch, const T* x, const T* neg_lse,
                      T* grad_x, T* grad_lse) {
   T loss = 0;
   for (int a = 0; a < t.views; ++a) {
     const T negatives = neg_lse[a * pitch];
     const auto own = [&](int b) { return x[(a * t.views + b) * pitch]; };
     const auto to = [&](int b) -> T& { return grad_x[(a * t.views + b) * pitch]; };
-    const auto weight = [&](int b) { return T(t.weights[a * t.views + b] / divisor); };
+    const auto weight = [&](int b) { return weights[a * t.views + b]; };
     const auto inside = [&](int b) { return t.inside[a * t.views + b]; };
     T total = 0;
     for (int b = 0; b < t.views; ++b) to(b) = 0, total += weight(b);
@@ -102,8 +102,9 @@ class Arena {
 };
 
 // Embedded and problem come without their tables' addresses; elements: of all tiles of the plan.
-// Mixing, and a base's gradient, as in `embed` and `gradients`.
-template <class T>
+// Mixing, and a base's gradient, as in `embed` and `gradients`. Z: as products take z, all else
+// takes what it is rounded from.
+template <class T, class Z = T>
 static void loss(Embedded e, Problem p, const std::vector<BlockPlace>& plan, int64_t elements,
                  const Terms& terms, double divisor, const std::vector<Address>& bases,
                  const std::vector<int64_t>& pitches, Address mixing, double absent,
@@ -117,19 +118,27 @@ static void loss(Embedded e, Problem p, const std::vector<BlockPlace>& plan, int
   e.coefficients = p.row_coefficients = p.col_coefficients = arena.table(mixed);
   const Address own = arena.table(v * v * n), lse = arena.table(v * n);
   embed<T>(e, bases, pitches, mixing, absent, own);
+  std::unique_ptr<Z[]> half;
+  if constexpr (std::is_same<Z, Bfloat16>::value) {
+    half.reset(new Z[numbers]);
+    for (int64_t k = 0; k < numbers; ++k) half[k] = rounded(at<T>(e.z)[k]);
+    p.z = address(half.get());
+  }
   const Address kept = arena.table(elements);
-  statistics<T>(p, plan, kept, elements, lse);
+  statistics<T, Z>(p, plan, kept, elements, lse);
 
   const Address grad_own = arena.table(v * v * n), grad_lse = arena.table(v * n);
   T* losses = at<T>(arena.table(n));
+  std::vector<T> weights;
+  for (double weight : terms.weights) weights.push_back(T(weight / divisor));
   for (int64_t j = 0; j < n; ++j)
-    losses[j] = sample_loss(terms, divisor, n, at<T>(own, j), at<T>(lse, j), at<T>(grad_own, j),
-                            at<T>(grad_lse, j));
+    losses[j] = sample_loss(terms, weights.data(), n, at<T>(own, j), at<T>(lse, j),
+                            at<T>(grad_own, j), at<T>(grad_lse, j));
   *at<T>(out) = sum(losses, n);
 
   const Address sums = arena.table(numbers), inner = mixing ? arena.table(mixed) : 0;
   if (inner) std::fill_n(at<T>(inner), mixed, T(0));
-  matrix_gradient<T>(p, plan, kept, elements, lse, grad_lse, needs_base, sums, inner);
+  matrix_gradient<T, Z>(p, plan, kept, elements, lse, grad_lse, needs_base, sums, inner);
   gradients<T>(e, sums, inner, grad_own, grads, grad_mixing, grad_scale);
 }
 

@@ -5,7 +5,7 @@
 
 #include <memory>
 
-#include "blocks.hpp"
+#include "half_product.hpp"
 
 namespace gcl {
 
@@ -62,20 +62,21 @@ class Tiles {
   std::unique_ptr<T[]> scratch_;
 };
 
-// Rows that products are added to. The first product of a row is written, not added to zeros.
-template <class T>
+// Rows that products are added to. The first product of a row is written, not added to zeros. Z: of
+// embeddings, to which weights are rounded.
+template <class T, class Z>
 class Sums {
  public:
   Sums(T* out, int64_t rows, int64_t dim) : out_(out), dim_(dim), begun_(rows, false) {}
 
   // Rows `start` on += weights (or their transpose: count x depth) * z.
   void add(int threads, int64_t start, int64_t count, const T* weights, int64_t pitch,
-           bool transposed, const T* z, int64_t depth) {
+           bool transposed, const Z* z, int64_t depth) {
     const auto first = begun_.begin() + start, last = first + count;
     const bool adds = std::find(first, last, true) != last;
     if (adds) clear(start, start + count);
-    product<T>(threads, count, depth, dim_, address(weights), pitch, transposed, address(z), dim_,
-               false, address(out_ + start * dim_), dim_, adds);
+    product_of<Z, T>(threads, count, depth, dim_, address(weights), pitch, transposed, address(z),
+                     dim_, false, address(out_ + start * dim_), dim_, adds);
     std::fill(first, last, true);
   }
 
@@ -103,10 +104,10 @@ static std::vector<T> subtractable(Address neg_lse, int64_t count) {
 }
 
 // The block's tiles: products of its rows and columns, in score fusion those of two bases.
-template <class T>
+template <class T, class Z>
 static void multiply(const Problem& p, const BlockPlace& b, const Tile<T>& y) {
   const auto rows_of = [&](int base, int64_t start) {
-    return address(at<T>(p.z, (base * p.rows + start) * p.dim));
+    return address(at<Z>(p.z, (base * p.rows + start) * p.dim));
   };
   for (int base = 0; base < p.bases(); ++base) {
     for (int other = 0; other < p.bases(); ++other) {
@@ -117,14 +118,14 @@ static void multiply(const Problem& p, const BlockPlace& b, const Tile<T>& y) {
           for (int64_t k = 0; k < b.cols; ++k) out[i * y.pitch + k] = from[k * y.pitch + i];
         continue;
       }
-      product<T>(p.threads, b.rows, p.dim, b.cols, rows_of(base, b.row_start), p.dim, false,
-                 rows_of(other, b.col_start), p.dim, true, address(out), y.pitch, false);
+      product_of<Z>(p.threads, b.rows, p.dim, b.cols, rows_of(base, b.row_start), p.dim, false,
+                    rows_of(other, b.col_start), p.dim, true, address(out), y.pitch, false);
     }
   }
 }
 
-// neg_lse of all rows of z, or of all views of all samples.
-template <class T>
+// neg_lse of all rows of z, or of all views of all samples. T: of all numbers but z's, Z.
+template <class T, class Z = T>
 static void statistics(const Problem& p, const std::vector<BlockPlace>& plan, Address kept,
                        int64_t kept_elements, Address neg_lse) {
   Tiles<T> tiles(plan, p.bases() * p.bases(), kept, kept_elements);
@@ -135,7 +136,7 @@ static void statistics(const Problem& p, const std::vector<BlockPlace>& plan, Ad
   for (const BlockPlace& b : plan) {
     check_signals();
     const Tile<T> y = tiles.next(b);
-    multiply(p, b, y);
+    multiply<T, Z>(p, b, y);
     block_stats<T>(p, b, address(y.data), y.pitch, m, l, m, l);
   }
   tiles.clear_rest();
@@ -143,12 +144,12 @@ static void statistics(const Problem& p, const std::vector<BlockPlace>& plan, Ad
 }
 
 // H z, or R and, added to `inner`, U: of the bases that need it, the others' rows are zero.
-template <class T>
+template <class T, class Z = T>
 static void matrix_gradient(const Problem& p, const std::vector<BlockPlace>& plan, Address kept,
                             int64_t kept_elements, Address neg_lse, Address grad,
                             const std::vector<bool>& needs_base, Address out, Address inner) {
   Tiles<T> tiles(plan, p.bases() * p.bases(), kept, kept_elements);
-  Sums<T> sums(at<T>(out), p.bases() * p.rows, p.dim);
+  Sums<T, Z> sums(at<T>(out), p.bases() * p.rows, p.dim);
   const std::vector<T> lse = subtractable<T>(neg_lse, p.views() * p.rows);
   const Address l = address(lse.data());
   // Of views that are given each is a base, and a side of a block lies in one where some are frozen.
@@ -159,14 +160,14 @@ static void matrix_gradient(const Problem& p, const std::vector<BlockPlace>& pla
     check_signals();
     const Tile<T> y = tiles.next(b);
     if (!p.fused && !needs(0, b.row_start) && !needs(0, b.col_start)) continue;
-    if (!y.kept) multiply(p, b, y);
+    if (!y.kept) multiply<T, Z>(p, b, y);
     const Tile<T> h = tiles.scratch(b);
     block_weights<T>(p, b, address(y.data), y.pitch, l, grad, inner, l, grad, inner,
                      address(h.data), h.pitch);
     for (int base = 0; base < p.bases(); ++base) {
       for (int other = 0; other < p.bases(); ++other) {
         const int64_t size = b.rows * h.pitch, first = base * p.rows;
-        const T* z = at<T>(p.z, other * p.rows * p.dim);
+        const Z* z = at<Z>(p.z, other * p.rows * p.dim);
         if (needs(base, b.row_start))
           sums.add(p.threads, first + b.row_start, b.rows, h.data + (2 * base + other) * size,
                    h.pitch, false, z + b.col_start * p.dim, b.cols);

@@ -52,14 +52,15 @@ class Backend:
             formed, as a third view like any other.
         makes_losses: it has :meth:`loss`, for small batches.
         keeps_tiles: the first tiles stay in memory between the passes, see ``problem``.
-        halves_diagonal: it computes both halves of a block on the diagonal, which are equal; the
-            plan then cuts these blocks finer.
+        halves_diagonal: if not 0, it computes both halves of a block on the diagonal, which are
+            equal; the plan then cuts these blocks finer, of several each, and one that is alone
+            from this many rows on.
     """
 
     fuses_scores = True
     makes_losses = False
     keeps_tiles = False
-    halves_diagonal = False
+    halves_diagonal = 0
 
     def why_unavailable(self) -> str | None:
         """None where it can run on a device of this machine, else the reason."""
@@ -69,6 +70,11 @@ class Backend:
         """None where it serves tensors of this device and compute dtype, else the reason, which may
         be that it is not available."""
         return None
+
+    def half_dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        """The half types whose products it takes as such on this device; the others compute in
+        float32."""
+        return HALF_DTYPES if device.type == "cuda" else ()
 
     def loss(
         self,
@@ -109,7 +115,8 @@ class Backend:
     def block_weights(
         self, problem: Problem, block: Block, rows: Lines, cols: Lines, workspace: Workspace
     ) -> Tensor:
-        """``H`` of one block, in the compute dtype, valid until the next call with this workspace.
+        """``H`` of one block, in the compute dtype, valid until the next call with this workspace;
+        or in the accumulation dtype, for ``add_product`` to round.
 
         A row without a negative has ``lse = inf``: every weight in it is then zero. A kept tile is
         what ``block_stats`` left, and stays as it is.

@@ -3,9 +3,9 @@
 Definitions as in ``tiled``. One call computes a block's statistics or weights in one pass over the
 tile while it lies in the cache, and one call makes unit vectors or their gradients. A whole pass
 over the blocks is one call, too: matrix products are those of PyTorch's BLAS, whose functions the
-extension is given, or its own where those are faster. The extension ``gcl_kernels._cpu``
-(``csrc/cpu``) takes addresses, so that it serves every PyTorch; what it computes itself does not
-depend on the number of threads.
+extension is given, or its own where those are faster and for bfloat16, to which weights are rounded
+as they are multiplied. The extension ``gcl_kernels._cpu`` (``csrc/cpu``) takes addresses, so that
+it serves every PyTorch; what it computes itself does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ BLOCK_ROWS = 768
 FUSED_BLOCK_ROWS = 768
 """Samples of a block's side in score fusion. 512 took 2 % longer, 1024 as long, measured."""
 
-_SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
+HALVED_ROWS = 192
+"""Of a block on the diagonal that is alone."""
+
+_SUFFIX = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
 
 
 @cache
@@ -116,6 +119,11 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if _is_aligned(tensor) else tensor.clone()
 
 
+def _reads(embeddings: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the extension reads embeddings of this dtype where they lie."""
+    return embeddings.dtype == dtype and embeddings.stride(1) == 1 and _is_aligned(embeddings)
+
+
 def _constants(problem: Problem) -> list[Tensor | None]:
     """Explicit ids, log weights and limits, of rows and columns each; they must outlive the call
     that takes their addresses."""
@@ -148,13 +156,13 @@ def _layout(matrix: Tensor) -> tuple[int, bool]:
     return matrix.stride(1), True
 
 
-def _by_pytorch() -> bool:
+def _by_pytorch(compute_dtype: torch.dtype) -> bool:
     """Whether products are calls of PyTorch from Python, as no other ones are at hand."""
-    return _cpu.products() == "pytorch"
+    return compute_dtype != torch.bfloat16 and _cpu.products() == "pytorch"
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    _function("product", out.dtype)(
+    _function("product" if a.dtype == b.dtype else "rounded_product", b.dtype)(
         torch.get_num_threads(),
         *a.shape,
         b.shape[1],
@@ -199,7 +207,7 @@ def _whole_plan(
     fused: bool,
     block_rows: int,
     per_view: bool,
-    halves_diagonal: bool,
+    halves_diagonal: int,
 ) -> tuple[list[Any], int]:
     """The blocks of a square problem, and how many elements their tiles have."""
     table: BoolTable = ((True,),) if fused else candidates
@@ -252,7 +260,8 @@ class Cpu(Backend):
     makes_losses = True
     keeps_tiles = True
     # BLAS computes both equal halves of a block on the diagonal, the extension's product one.
-    halves_diagonal = _cpu is None or _cpu.products() != "own"
+    halves_diagonal = HALVED_ROWS if _cpu is None or _cpu.products() != "own" else 0
+    multiplies_bfloat16 = _cpu is not None and _cpu.half_instruction() != "none"
 
     def why_unavailable(self) -> str | None:
         return _WHY_UNAVAILABLE
@@ -260,9 +269,14 @@ class Cpu(Backend):
     def why_not(self, device: torch.device, compute_dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"it serves tensors on the CPU, not on {device.type}"
+        if compute_dtype == torch.bfloat16 and not self.multiplies_bfloat16:
+            return _WHY_UNAVAILABLE or "this processor has no product of bfloat16"
         if compute_dtype not in _SUFFIX:
-            return f"it computes in float32 and float64, not in {compute_dtype}"
+            return f"it computes in float32, float64 and bfloat16, not in {compute_dtype}"
         return _WHY_UNAVAILABLE
+
+    def half_dtypes(self, device: torch.device) -> tuple[torch.dtype, ...]:
+        return (torch.bfloat16,) if device.type == "cpu" and self.multiplies_bfloat16 else ()
 
     def block_rows(self, z: Tensor) -> int:
         return BLOCK_ROWS
@@ -271,13 +285,13 @@ class Cpu(Backend):
         return FUSED_BLOCK_ROWS
 
     def write_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        if _by_pytorch():
+        if _by_pytorch(b.dtype):
             super().write_product(out, a, b)
         else:
             _multiply(a, b, out, add=False)
 
     def add_product(self, accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-        if _by_pytorch():
+        if _by_pytorch(b.dtype):
             super().add_product(accumulator, a, b)
         else:
             _multiply(a, b, accumulator, add=True)
@@ -312,7 +326,8 @@ class Cpu(Backend):
         tile, constants = workspace.kept(block), _constants(problem)
         if tile is None:
             tile = self._products(problem, block, workspace)
-        # May be the tile's own place: what is read of it is read before that is written.
+        # May be the tile's own place: what is read of it is read before that is written. Rounded to
+        # the compute dtype as it is multiplied.
         out = workspace.tile(0, tile.shape, problem.accum_dtype)
         grad_rows, grad_cols = _readable(rows.grad), _readable(cols.grad)
         _function("block_weights", problem.accum_dtype)(
@@ -336,11 +351,11 @@ class Cpu(Backend):
     fused_block_weights = block_weights
 
     def statistics(self, problem: Problem, plan: tuple[Block, ...], kept: Tensor) -> Tensor | None:
-        if _by_pytorch():
+        if _by_pytorch(problem.compute_dtype):
             return None
         constants = _constants(problem)
         neg_lse = problem.scale.new_empty(line_shape(problem, problem.z_rows))
-        _function("statistics", problem.accum_dtype)(
+        _function("statistics", problem.compute_dtype)(
             _problem(problem, constants),
             _places(plan),
             kept.data_ptr(),
@@ -361,15 +376,15 @@ class Cpu(Backend):
         *needs_bases, _, needs_scale = needs_grad
         # Of given views that are frozen the scale's gradient has shares that are not in <z, H z>.
         frozen = not isinstance(problem, FusedProblem) and not all(needs_bases)
-        if _by_pytorch() or (needs_scale and frozen):
+        if _by_pytorch(problem.compute_dtype) or (needs_scale and frozen):
             return None
         constants, grad = _constants(problem), _readable(grad)
-        sums = torch.empty_like(problem.z_rows)
+        sums = torch.empty_like(problem.z_rows, dtype=problem.accum_dtype)
         if isinstance(problem, FusedProblem):
             inner = torch.zeros_like(problem.coefficients_rows)
         else:
             inner = sums.new_empty(0)
-        _function("matrix_gradient", problem.accum_dtype)(
+        _function("matrix_gradient", problem.compute_dtype)(
             _problem(problem, constants),
             _places(plan),
             kept.data_ptr(),
@@ -381,13 +396,6 @@ class Cpu(Backend):
             inner.data_ptr(),
         )
         return sums, inner
-
-    def _reads(self, bases: Sequence[Tensor], spec: NegativesSpec) -> bool:
-        """Whether the extension reads these embeddings where they lie."""
-        return len(spec.candidates) <= _cpu.max_views and all(
-            base.dtype == spec.compute_dtype and base.stride(1) == 1 and _is_aligned(base)
-            for base in bases
-        )
 
     def loss(
         self,
@@ -403,14 +411,17 @@ class Cpu(Backend):
         num_samples, dim = bases[0].shape
         frozen = mixing is None and not all(needs_bases)
         sizes = BLOCK_ROWS if mixing is None else FUSED_BLOCK_ROWS, frozen, self.halves_diagonal
-        if _by_pytorch() or spec.group or frozen and needs_scale or not self._reads(bases, spec):
+        if _by_pytorch(spec.compute_dtype) or spec.group or frozen and needs_scale:
             return None
         ids = data.sample_ids
         if len(data.given()) > (ids is not None):  # something that the extension does not know
             return None
         plan, elements = _whole_plan(num_samples, spec.candidates, mixing is not None, *sizes)
-        if not all_kept(elements):
+        if not all_kept(elements) or len(spec.candidates) > _cpu.max_views:
             return None
+        # A gradient is rounded to its embeddings' dtype once it is multiplied by its upstream.
+        dtype = scale.dtype
+        bases = [base if _reads(base, dtype) else _readable(base.to(dtype)) for base in bases]
         threads, new = torch.get_num_threads(), scale.new_empty
         value = float(scale) if spec.max_scale is None else spec.max_scale
         value = value if math.isfinite(value) else math.nan
@@ -425,7 +436,7 @@ class Cpu(Backend):
         bound = is_bound(value, spec.normalize)
         own, id_address = _own_pairs(spec.bases, spec.own_pairs), _address(ids)
         of_samples = (len(bases), num_samples, dim, spec.normalize, NORM_EPS, value)
-        _function("loss", scale.dtype)(
+        _function("loss", spec.compute_dtype)(
             (threads, own, *of_samples, 0, 0, 0, 0, 0),
             (threads, value, bound, id_address, id_address, 0, rows, rows, dim, fused, *[0] * 6),
             plan,
@@ -448,7 +459,11 @@ class Cpu(Backend):
         self, bases: Sequence[Tensor], mixing: Tensor | None, scale: Tensor, spec: NegativesSpec
     ) -> tuple[Embedded, Tensor]:
         num_views = len(spec.candidates)
-        if not self._reads(bases, spec):
+        if (
+            spec.compute_dtype != spec.accum_dtype
+            or num_views > _cpu.max_views
+            or not all(_reads(base, spec.compute_dtype) for base in bases)
+        ):
             return super().embed(bases, mixing, scale, spec)
         embedded = Embedded.empty(bases, scale, spec)
         own_logits = scale.new_empty(num_views, num_views, bases[0].shape[0])
@@ -475,7 +490,7 @@ class Cpu(Backend):
         needs_grad: Sequence[bool],
     ) -> list[Tensor]:
         num_views = len(spec.candidates)
-        if num_views > _cpu.max_views:
+        if spec.compute_dtype != spec.accum_dtype or num_views > _cpu.max_views:
             return super().gradients(
                 bases, scale, embedded, sums, inner, grad_own_logits, spec, needs_grad
             )

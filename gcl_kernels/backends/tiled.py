@@ -17,6 +17,7 @@ and neither underflow nor overflow can occur.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ class Tiled(Backend):
     """The backend ``tiled``."""
 
     keeps_tiles = True
-    halves_diagonal = True
+    halves_diagonal = sys.maxsize
 
     def block_rows(self, z: Tensor) -> int:
         return BLOCK_ROWS.get(z.device.type, BLOCK_ROWS["default"])
