@@ -111,10 +111,12 @@ def test_learnable_fusion_weights(operations, road):
 @pytest.fixture
 def launches_of_triton(monkeypatch) -> None:
     """Triton's launchers, as on an H100; what they launch is left out."""
-    jit = pytest.importorskip("triton.runtime.jit")
-    from gcl_kernels.backends.triton import primitives, tiles
+    pytest.importorskip("triton")
+    from gcl_kernels.backends.triton import embeddings as of_samples
+    from gcl_kernels.backends.triton import fused_weights, primitives, stats, tiles, weights
 
-    monkeypatch.setattr(jit.JITFunction, "run", lambda *_, **__: None)
+    for module in (of_samples, fused_weights, stats, weights):
+        monkeypatch.setattr(module, "start", lambda *_: None)
     monkeypatch.setattr(primitives, "device_chip", lambda _: tiles.CHIPS["sm_90"])
     monkeypatch.setattr(BACKENDS["triton"], "why_not", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())

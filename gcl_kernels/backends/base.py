@@ -22,7 +22,7 @@ that no second float32 copy of all embeddings exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +69,15 @@ class Backend:
         """None where it serves tensors of this device and compute dtype, else the reason, which may
         be that it is not available."""
         return None
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether calls on this device may have to compile something first."""
+        return False
+
+    def compile_ahead(self, step: Callable[[], object], like: Tensor) -> int:
+        """Compile what ``step`` launches on the device of ``like``, launching nothing of it: its
+        results mean nothing. Returns how many kernels."""
+        return 0
 
     def loss(
         self,
