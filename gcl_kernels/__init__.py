@@ -9,6 +9,7 @@ from gcl_kernels.losses import (
     neg_lse,
     nt_xent_loss,
 )
+from gcl_kernels.warming import warmup
 
 __version__ = "0.1.0"
 
@@ -20,4 +21,5 @@ __all__ = [
     "multiview_contrastive_loss",
     "neg_lse",
     "nt_xent_loss",
+    "warmup",
 ]

@@ -25,6 +25,7 @@ LAYERS = [
     "passes",
     "operators",
     "losses",
+    "warming",
     "integrations",
     "retrieval",
 ]
@@ -144,6 +145,7 @@ def test_public_names():
         "multiview_contrastive_loss",
         "neg_lse",
         "nt_xent_loss",
+        "warmup",
     }
     for name in gcl_kernels.__all__:
         assert getattr(gcl_kernels, name).__doc__
