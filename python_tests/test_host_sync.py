@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gcl_kernels
-from gcl_kernels import operators
+from gcl_kernels import losses, operators
 from gcl_kernels.dispatch import BACKENDS
 
 READS_OR_COPIES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
@@ -157,3 +157,27 @@ def test_would_see_a_copy(operations):
 
     with pytest.raises(AssertionError, match="aten::copy_"):
         operations(step)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0.0, -0.5], [-0.5, 0.0]],
+        [[0.0, 1, 1], [1, 0, 1], [1, 1, 0]],
+        [[0.0, 2, 1], [3, 4, 1], [1, 1, 0]],
+        [[1.0, 1], [1, 1]],
+        [[5.0, 5], [5, 6]],
+    ],
+)
+def test_constant_tables_are_filled_where_they_are(rows, monkeypatch):
+    class Elsewhere:
+        """The CPU, as a device to which a table would have to be copied."""
+
+        type = "elsewhere"
+
+    full = torch.full
+    monkeypatch.setattr(
+        torch, "full", lambda *given, device, **named: full(*given, device="cpu", **named)
+    )
+    table = losses._table(rows, torch.float32, Elsewhere())
+    assert table.tolist() == rows
