@@ -164,12 +164,13 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[index,] = "constexpr", constants[name]
+            alignments[index,] = []  # as a launch has it, whose cache is then this one's
             continue
         signature[name] = types.get(name, "*fp32")
         fixed = name in [kernel.arg_names[p.num] for p in kernel.params if p.do_not_specialize]
         aligned = signature[name].startswith("*") or (name != "dim" or variant.dim % 16 == 0)
-        if aligned and not fixed:
-            alignments[index,] = [["tt.divisibility", 16]]
+        if not fixed:
+            alignments[index,] = [["tt.divisibility", 16]] if aligned else []
     return signature, values, alignments
 
 
@@ -201,9 +202,10 @@ def _sample_signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     for index, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name, "*fp32")
         if name in constants:
-            values[index,] = constants[name]
+            values[index,], alignments[index,] = constants[name], []
         elif name == "strides":
             values.update(((index, base, 1), 1) for base in bases)
+            alignments.update(((index, base, 1), []) for base in bases)
             alignments.update(((index, base, 0), divisible) for base in bases)
         elif isinstance(signature[name], tuple):
             alignments.update(((index, base), divisible) for base in bases)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -200,6 +201,31 @@ def linear_cross_entropy_clip(e_i: Tensor, e_t: Tensor, scale: Tensor) -> Tensor
     ) / 2
 
 
+def cut_cross_entropy_clip(e_i: Tensor, e_t: Tensor, scale: Tensor) -> Tensor:
+    """Apple's fused linear cross-entropy, once per direction; half types on a GPU."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    z_i, z_t = unit_rows(e_i), unit_rows(e_t)
+    labels = torch.arange(len(z_i), device=z_i.device)
+    to_text = linear_cross_entropy((z_i * scale).to(e_i.dtype), z_t, labels)
+    return (to_text + linear_cross_entropy((z_t * scale).to(e_t.dtype), z_i, labels)) / 2
+
+
+def memeff_clip(e_i: Tensor, e_t: Tensor, scale: Tensor) -> Tensor:
+    """memeff's loss in Triton, whose temperature is a number: that of :func:`inputs`."""
+    from memeff import MemoryEfficientCLIPLoss
+
+    return MemoryEfficientCLIPLoss(temperature=0.07, stable=False)(e_i, e_t)
+
+
+def siglip(e_i: Tensor, e_t: Tensor, scale: Tensor) -> Tensor:
+    """siglip-kernel's sigmoid loss in Triton: another loss, of as many products."""
+    from siglip_kernel import fused_siglip_loss
+
+    bias = torch.full((), -10.0, device=e_i.device)
+    return fused_siglip_loss(unit_rows(e_i), unit_rows(e_t), scale.log(), bias)
+
+
 def supcon(*arguments: Tensor) -> Tensor:
     """pytorch-metric-learning's SupConLoss."""
     from pytorch_metric_learning.losses import SupConLoss
@@ -292,6 +318,45 @@ def _clip_peers(backend: str) -> Iterator[tuple[str, Loss]]:
 
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+@dataclass(frozen=True)
+class GpuPeer:
+    """What a GPU's headline sizes are compared with.
+
+    Attributes:
+        loss: of the task's views and the scale.
+        bytes_per_logit: that it holds at its peak, of bfloat16 inputs; 0 where it keeps no matrix.
+    """
+
+    loss: Loss
+    bytes_per_logit: int = 0
+
+
+def gpu_peers(task: str) -> dict[str, GpuPeer]:
+    """Name to peer of ``"gcl"``, ``"fused"`` or ``"clip"``; those whose package is installed."""
+    if task == "clip":
+        own = _clip_with_gradients(compiled(_clip_loss_and_gradients))
+        found = {
+            "own gradient torch.compile": GpuPeer(own, 8),
+            "tuned torch.compile": GpuPeer(compiled(tuned_clip), 14),
+        }
+        packages = (
+            ("memeff", "memeff", memeff_clip),
+            ("cut-cross-entropy", "cut_cross_entropy", cut_cross_entropy_clip),
+            ("siglip-kernel (another loss)", "siglip_kernel", siglip),
+        )
+        found |= {name: GpuPeer(of) for name, package, of in packages if _installed(package)}
+        return found
+    form = on_sum if task == "fused" else lambda loss: loss
+    return {
+        "own gradient torch.compile": GpuPeer(
+            form(with_gradients(compiled(_loss_and_gradients))), 8
+        ),
+        "tuned torch.compile": GpuPeer(compiled(form(tuned)), 14),
+        "chunks, gradient in forward": GpuPeer(form(with_gradients(_rows_loss_and_gradients))),
+        "chunked checkpoint": GpuPeer(form(checkpointed)),
+    }
 
 
 NUM_VIEWS = {"gcl": 3, "fused": 2, "clip": 2, "nt_xent": 2}

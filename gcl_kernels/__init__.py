@@ -10,6 +10,7 @@ from gcl_kernels.losses import (
     nt_xent_loss,
 )
 from gcl_kernels.ranks import hits, positive_ranks, watch_ranks
+from gcl_kernels.warming import warmup
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,5 @@ __all__ = [
     "nt_xent_loss",
     "positive_ranks",
     "watch_ranks",
+    "warmup",
 ]

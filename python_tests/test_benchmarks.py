@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_loss, check, figures, gpu_report, record, table
-from benchmarks.peers import NUM_VIEWS, dense_clip, errors, peers
+from benchmarks.peers import NUM_VIEWS, dense_clip, errors, gpu_peers, peers
 from gcl_kernels.backends import cpu
 
 
@@ -31,6 +32,16 @@ def test_peers_agree(task, fast_compile):
             assert max(found.values()) < 1e-9, (name, converged, found)
 
 
+@pytest.mark.parametrize("task", gpu_report.TASKS)
+def test_peers_of_the_gpu_report_agree(task, fast_compile):
+    found = gpu_peers(task)
+    assert {"own gradient torch.compile", "tuned torch.compile"} <= found.keys()
+    for name, peer in found.items():
+        if peer.bytes_per_logit or "chunk" in name:  # packages with kernels need a GPU
+            worst = max(errors(peer.loss, task, False, torch.float64, (40, 16)).values())
+            assert worst < 1e-9, name
+
+
 def test_every_peer_has_a_column(fast_compile):
     for task in NUM_VIEWS:
         assert set(peers(task)) <= set(bench_loss.PEERS)
@@ -48,7 +59,16 @@ def test_report_runs_and_refuses_without_a_gpu(tmp_path: Path, capsys):
     assert gpu_report.main(arguments) == 0
     data = json.loads(path.read_text())
     assert data["parity"]["passed"] and data["environment"]["torch"] == torch.__version__
-    assert {"floor_tflops", *gpu_report.PARTS, "targets"} <= data.keys()
+    assert {"floor_tflops", *gpu_report.PARTS, "targets", "forecast"} <= data.keys()
+    assert list(data).index("headline") < list(data).index("changes") < list(data).index("speed")
+    for row in data["headline"]:
+        assert row["peers"]["tiled"]["both_ms"] > 0
+        assert len(row["peers"]) > 1 or row["task"] == "clip"
+    assert data["changes"] and all(row["differs_by"] == 0 for row in data["changes"])
+    assert [row["measured"] for row in data["forecast"]] == [
+        f"{row['measured']:.3f}" for row in data["changes"]
+    ]
+    assert "| change | predicted | measured |" in capsys.readouterr().out
     assert {row["task"] for row in data["speed"]} == set(gpu_report.TASKS)
     for row in data["speed"]:
         measured = row["peers"]["tiled"]
@@ -372,3 +392,43 @@ def test_check_measures(monkeypatch):
     now = check.measure(row)
     assert now.keys() == set(check.YARDSTICKS) and min(now.values()) > 0
     assert check.slower({**row, "times": {peer: 1e9 for peer in now}}) > 1
+
+
+def test_a_killed_run_leaves_its_last_record(tmp_path: Path, monkeypatch):
+    report = make_report(tmp_path / "report.json", 100.0)
+    report.put("floor_tflops", {"float32": 1.0})
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        report.put("speed", [1.0] * 1000)
+    assert "speed" not in json.loads(report.path.read_text())
+
+
+def test_a_core_that_is_not_finished_has_not_failed(tmp_path: Path, monkeypatch):
+    report = make_report(tmp_path / "report.json", 100.0)
+    for out, passed in ((b"...ss.", None), (b"..F.", False)):
+
+        def slow(*_, timeout, out=out, **__):
+            raise subprocess.TimeoutExpired("pytest", timeout, output=out)
+
+        monkeypatch.setattr(subprocess, "run", slow)
+        assert gpu_report.run_tests(report, [], 120.0)["passed"] is passed
+
+
+def test_changes_end_with_their_context():
+    """Each alone: what one did is undone before the next."""
+
+    def settings():
+        triton = gpu_report.triton_backend
+        return triton.BLOCK_ROWS, triton.FUSED_BLOCK_ROWS, dict(gpu_report.tiles.TILES)
+
+    before = settings()
+    for change in gpu_report.changes_known().values():
+        with change.apply():
+            pass
+        assert settings() == before
+    with gpu_report.changes_known()["blocks of 5632 rows"].apply():
+        assert settings() != before

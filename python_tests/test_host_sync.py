@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gcl_kernels
-from gcl_kernels import operators
+from gcl_kernels import operators, terms
 from gcl_kernels.dispatch import BACKENDS
 
 READS_OR_COPIES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
@@ -146,10 +146,12 @@ def test_ranks(operations, pool):
 @pytest.fixture
 def launches_of_triton(monkeypatch) -> None:
     """Triton's launchers, as on an H100; what they launch is left out."""
-    jit = pytest.importorskip("triton.runtime.jit")
-    from gcl_kernels.backends.triton import primitives, tiles
+    pytest.importorskip("triton")
+    from gcl_kernels.backends.triton import embeddings as of_samples
+    from gcl_kernels.backends.triton import fused_weights, primitives, stats, tiles, weights
 
-    monkeypatch.setattr(jit.JITFunction, "run", lambda *_, **__: None)
+    for module in (of_samples, fused_weights, stats, weights):
+        monkeypatch.setattr(module, "start", lambda *_: None)
     monkeypatch.setattr(primitives, "device_chip", lambda _: tiles.CHIPS["sm_90"])
     monkeypatch.setattr(BACKENDS["triton"], "why_not", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
@@ -190,3 +192,27 @@ def test_would_see_a_copy(operations):
 
     with pytest.raises(AssertionError, match="aten::copy_"):
         operations(step)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [[0.0, -0.5], [-0.5, 0.0]],
+        [[0.0, 1, 1], [1, 0, 1], [1, 1, 0]],
+        [[0.0, 2, 1], [3, 4, 1], [1, 1, 0]],
+        [[1.0, 1], [1, 1]],
+        [[5.0, 5], [5, 6]],
+    ],
+)
+def test_constant_tables_are_filled_where_they_are(rows, monkeypatch):
+    class Elsewhere:
+        """The CPU, as a device to which a table would have to be copied."""
+
+        type = "elsewhere"
+
+    full = torch.full
+    monkeypatch.setattr(
+        torch, "full", lambda *given, device, **named: full(*given, device="cpu", **named)
+    )
+    table = terms.make_table(rows, torch.float32, Elsewhere())
+    assert table.tolist() == rows

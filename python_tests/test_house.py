@@ -29,6 +29,7 @@ LAYERS = [
     "positives",
     "losses",
     "ranks",
+    "warming",
     "integrations",
     "retrieval",
 ]
@@ -151,6 +152,7 @@ def test_public_names():
         "nt_xent_loss",
         "positive_ranks",
         "watch_ranks",
+        "warmup",
     }
     for name in gcl_kernels.__all__:
         assert getattr(gcl_kernels, name).__doc__

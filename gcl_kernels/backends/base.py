@@ -22,7 +22,7 @@ that no second float32 copy of all embeddings exists.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,6 +75,15 @@ class Backend:
         """The half types whose products it takes as such on this device; the others compute in
         float32."""
         return HALF_DTYPES if device.type == "cuda" else ()
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether calls on this device may have to compile something first."""
+        return False
+
+    def compile_ahead(self, step: Callable[[], object], like: Tensor) -> int:
+        """Compile what ``step`` launches on the device of ``like``, launching nothing of it: its
+        results mean nothing. Returns how many kernels."""
+        return 0
 
     def loss(
         self,

@@ -3,7 +3,7 @@
 This module names them, says where they cannot run, and imports Triton at their first call only.
 ``stats``, ``weights``, ``fused_stats`` and ``fused_weights`` hold one block function each with its
 launcher, ``primitives`` what they share, ``tiles`` the tables of tile sizes; ``embeddings`` the
-O(M D) side of both roads.
+O(M D) side of both roads; ``launching`` calls what was compiled before.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Triton(Backend):
     fused_block_weights = _launcher("fused_weights", "fused_block_weights")
     embed = _launcher("embeddings", "embed")
     gradients = _launcher("embeddings", "gradients")
+    compile_ahead = _launcher("launching", "compile_ahead")
 
     def why_unavailable(self) -> str | None:
         if not _TRITON_INSTALLED:
@@ -90,6 +91,9 @@ class Triton(Backend):
         # torch.compile warns of caches that it traces.
         chip_of_device = find_chip if torch.compiler.is_compiling() else device_chip
         return _NOT_THIS_GPU if chip_of_device(index) is None else None
+
+    def compiles(self, device: torch.device) -> bool:
+        return not _interpreted() and self.why_not(device, torch.float32) is None
 
     def block_rows(self, z: Tensor) -> int:
         self._check(z)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from gcl_kernels import spec as host
 from gcl_kernels.backends.base import Backend, sum_shares
+from gcl_kernels.backends.triton.launching import start
 from gcl_kernels.problem import Embedded, empty_gradients
 from gcl_kernels.spec import NegativesSpec, Pairs
 
@@ -353,8 +354,9 @@ def embed(
     own_logits = scale.new_empty(num_views, num_views, bases[0].shape[0])
     weights = None if mixing is None else mixing.contiguous()
     grid, arguments = over_samples(bases, spec)
+    arguments |= {"mixing": weights, "scale": scale, **embedded._asdict(), "own_logits": own_logits}
     with torch.cuda.device_of(scale):
-        embed_kernel[grid](weights, scale, *embedded, own_logits, **arguments)
+        start(embed_kernel, grid, arguments)
     return embedded, own_logits
 
 
@@ -373,10 +375,13 @@ def gradients(
     grads = empty_gradients(bases, scale, needs_grad)
     shares = sums.new_empty(1 if given else 2 * len(spec.bases) + 1, bases[0].shape[0])
     grid, arguments = over_samples(bases if rounded else embedded.z.unbind(0), spec)
+    arguments |= {
+        "scale": scale, "inverse": embedded.inverse, "lengths": embedded.lengths,
+        "coefficients": embedded.coefficients, "dots": embedded.dots, "sums": sums,
+        "inner": None if given else inner, "grad_own_logits": grad_own_logits.contiguous(),
+        "grads": tuple(grad if grad.numel() else None for grad in grads), "shares": shares,
+        "ROUNDED": rounded,
+    }  # fmt: skip
     with torch.cuda.device_of(scale):
-        gradients_kernel[grid](
-            scale, *embedded[1:], sums, None if given else inner, grad_own_logits.contiguous(),
-            tuple(grad if grad.numel() else None for grad in grads), shares, ROUNDED=rounded,
-            **arguments,
-        )  # fmt: skip
+        start(gradients_kernel, grid, arguments)
     return [*grads, *sum_shares(shares, needs_grad[-2])]

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gcl_kernels.backends.triton.launching import start
 from gcl_kernels.backends.triton.primitives import (
     combine,
     fused_tile,
@@ -112,8 +113,8 @@ def column_view(
     return g_0, g_1, ht, new_row_inner
 
 
-@triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "id_offset", "id_period",
-                               "row_samples", "col_samples"])  # fmt: skip
+@triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "num_cols", "id_offset",
+                               "id_period", "row_samples", "col_samples"])  # fmt: skip
 def fused_weights_kernel(
     z_rows, z_cols, coefficients_rows, coefficients_cols, ids_rows, ids_cols, scale,
     lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table, pitch,
@@ -246,10 +247,11 @@ def fused_block_weights(
     out = workspace.tile(0, (2, 2, *block.shape), problem.compute_dtype)
     programs, tile, arguments = launch(problem, block)
     tables = new_tables(problem.scale, block, tile, 2 * len(problem.bases))
+    arguments |= {
+        "lse_rows": rows.lse, "lse_cols": cols.lse, "grad_rows": rows.grad, "grad_cols": cols.grad,
+        "out": out, "row_table": tables[0], "col_table": tables[1], "pitch": out.stride(2),
+    }  # fmt: skip
     with torch.cuda.device_of(out):
-        fused_weights_kernel[(programs,)](
-            lse_rows=rows.lse, lse_cols=cols.lse, grad_rows=rows.grad, grad_cols=cols.grad,
-            out=out, row_table=tables[0], col_table=tables[1], pitch=out.stride(2), **arguments,
-        )  # fmt: skip
+        start(fused_weights_kernel, (programs,), arguments)
         fold(inner_kernel, tables, (rows.inner,), (cols.inner,), block, BASES=problem.bases)
     return out

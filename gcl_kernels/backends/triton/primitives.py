@@ -312,9 +312,11 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
     ieee = chip.fast_float32 or not allows_tf32()
     is_float32 = z_rows.dtype == torch.float32
     dim = z_rows.shape[-1]
+    num_rows, num_cols = block.shape
     fused = isinstance(problem, FusedProblem)
-    tile = pick_tile(chip, ieee and is_float32, dim, *block.shape, block.diagonal, fused)
+    tile = pick_tile(chip, ieee and is_float32, dim, num_rows, num_cols, block.diagonal, fused)
     tile_k = tile.slice_elements(z_rows.dtype)
+    id_offset, id_period = block.id_diagonals
     arguments = {
         "z_rows": z_rows,
         "z_cols": problem.z_cols,
@@ -323,10 +325,10 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
         "scale": problem.scale,
         "row_start": block.row_start,
         "col_start": block.col_start,
-        "num_rows": block.shape[0],
-        "num_cols": block.shape[1],
-        "id_offset": block.id_diagonals[0],
-        "id_period": block.id_diagonals[1],
+        "num_rows": num_rows,
+        "num_cols": num_cols,
+        "id_offset": id_offset,
+        "id_period": id_period,
         "dim": dim,
         "UNIT_ROWS": problem.unit_rows,
         "DIAGONAL": block.diagonal,
@@ -348,4 +350,4 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
         }
     else:
         arguments |= {"SERVES_ROWS": block.serves_rows, "SERVES_COLS": block.serves_cols}
-    return num_tiles(*block.shape, block.diagonal, tile.size), tile, arguments
+    return num_tiles(num_rows, num_cols, block.diagonal, tile.size), tile, arguments

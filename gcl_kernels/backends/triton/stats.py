@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gcl_kernels.backends.triton.launching import start
 from gcl_kernels.backends.triton.primitives import (
     FINITE_MIN,
     is_bounded,
@@ -174,12 +175,14 @@ def fold(
     row_programs = triton.cdiv(num_rows, FOLD_LINES) if block.serves_rows else 0
     folds_cols = block.serves_cols and not block.diagonal
     col_programs = triton.cdiv(num_cols, FOLD_LINES) if folds_cols else 0
-    kernel[(row_programs + col_programs, len(tables[0]))](
+    given = (
         *tables, *rows, *cols, tables[0].shape[-2], tables[1].shape[-2],
         block.row_start, block.col_start, num_rows, num_cols,
         rows[0].shape[-1], cols[0].shape[-1], row_programs,
-        LINES=FOLD_LINES, SLOTS=FOLD_SLOTS, num_warps=4, **constants,
     )  # fmt: skip
+    named = dict(zip(kernel.arg_names, given, strict=False))
+    named |= {"LINES": FOLD_LINES, "SLOTS": FOLD_SLOTS, "num_warps": 4, **constants}
+    start(kernel, (row_programs + col_programs, len(tables[0])), named)
 
 
 def run_stats(
@@ -189,7 +192,7 @@ def run_stats(
     programs, tile, arguments = launch(problem, block)
     tables = new_tables(problem.scale, block, tile, num_views, 2)
     with torch.cuda.device_of(problem.z_rows):
-        kernel[(programs,)](row_table=tables[0], col_table=tables[1], **arguments)
+        start(kernel, (programs,), {"row_table": tables[0], "col_table": tables[1], **arguments})
         fold(fold_kernel, tables, (rows.max, rows.sum), (cols.max, cols.sum), block)
 
 
