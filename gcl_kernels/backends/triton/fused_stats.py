@@ -26,6 +26,7 @@ import triton.language as tl
 from gcl_kernels.backends.triton.primitives import (
     FINITE_MIN,
     combine,
+    exponential,
     fused_tile,
     half_columns,
     is_bounded,
@@ -85,20 +86,20 @@ def half_stats(
         if not bounded:
             shift = view_maximum(of_0, of_1, of_cols, s, mask, v, 1, BASES, CANDIDATES)
             shift = tl.maximum(m, shift)
-            total *= tl.exp(m - shift)
+            total *= exponential(m - shift)
         row_sum = tl.zeros(y[0].shape, tl.float32)
         new_col_sums = ()
         for w in tl.static_range(V):
             col_sum = col_sums[w]
             if CANDIDATES[v][w] or CANDIDATES[w][v]:
                 x = masked(s * combine(of_0, of_1, of_cols[w], BASES[w], 1), mask)
-                e_p = tl.exp(x - shift[:, None])
+                e_p = exponential(x - shift[:, None])
                 if CANDIDATES[v][w]:
                     row_sum += e_p
                 if CANDIDATES[w][v]:
                     e_q = e_p
                     if not bounded:
-                        e_q = tl.exp(x - col_shifts[w][None, :])
+                        e_q = exponential(x - col_shifts[w][None, :])
                     col_sum += e_q
             new_col_sums = new_col_sums + (col_sum,)
         col_sums = new_col_sums

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from gcl_kernels.backends.triton.primitives import (
     combine,
+    exponential,
     fused_tile,
     half_columns,
     is_bounded,
@@ -56,7 +57,7 @@ def shift_and_factor(lse, grad, s, bounded, side, VIEW: tl.constexpr):
     shift = load_lines(lse, at, lines, length)
     factor = load_lines(grad, at, lines, length)
     if bounded:
-        factor *= tl.exp(s - shift)
+        factor *= exponential(s - shift)
         shift = tl.zeros_like(shift) + s
     return shift, factor
 
@@ -88,10 +89,10 @@ def column_view(
         if CANDIDATES[v][VIEW] or CANDIDATES[VIEW][v]:
             t = combine(t_0, t_1, of_rows[v], BASES[v], 0)
             x = masked(s * t, mask)
-            e_p = tl.exp(x - row_terms[v][0][:, None])
+            e_p = exponential(x - row_terms[v][0][:, None])
             e_q = e_p
             if not bounded:
-                e_q = tl.exp(x - shift_q[None, :])
+                e_q = exponential(x - shift_q[None, :])
             h = sides(
                 row_terms[v][1][:, None] * e_p, factor_q[None, :] * e_q,
                 CANDIDATES[v][VIEW], CANDIDATES[VIEW][v],

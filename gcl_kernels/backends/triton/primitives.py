@@ -40,6 +40,18 @@ GROUP_ROWS = tl.constexpr(8)
 # |x| <= s <= 40: exp(x - s) >= e^-80 is a normal float32, and exp(s - lse) <= e^80 is finite.
 MAX_BOUNDED_SCALE = tl.constexpr(40.0)
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponential(x):
+    """``e^x`` in one multiplication and one ``ex2.approx.ftz``: zero below 2^-126.
+
+    ``tl.exp`` rounds the same product, and keeps what is below 2^-126 by a comparison and two more
+    multiplications of each number.
+    """
+    return tl.exp2(x * LOG2_E)
+
 
 @triton.jit
 def tile_of(program, num_row_tiles, num_col_tiles, DIAGONAL: tl.constexpr):

@@ -23,7 +23,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gcl_kernels.backends.triton.primitives import is_bounded, launch, tile_logits, tile_of
+from gcl_kernels.backends.triton.primitives import (
+    exponential,
+    is_bounded,
+    launch,
+    tile_logits,
+    tile_of,
+)
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import Lines, Problem, Workspace
 
@@ -53,12 +59,12 @@ def weights_of(
 ):  # fmt: skip
     """``H`` in float32 of logits ``x`` [P, Q], lse and g of its rows [P] and columns [Q]."""
     if bounded:
-        factor_p = (g_p * tl.exp(s - lse_p))[:, None]
-        factor_q = (g_q * tl.exp(s - lse_q))[None, :]
-        h = tl.exp(x - s) * sides(factor_p, factor_q, SERVES_ROWS, SERVES_COLS)
+        factor_p = (g_p * exponential(s - lse_p))[:, None]
+        factor_q = (g_q * exponential(s - lse_q))[None, :]
+        h = exponential(x - s) * sides(factor_p, factor_q, SERVES_ROWS, SERVES_COLS)
     else:
-        of_rows = g_p[:, None] * tl.exp(x - lse_p[:, None])
-        of_cols = g_q[None, :] * tl.exp(x - lse_q[None, :])
+        of_rows = g_p[:, None] * exponential(x - lse_p[:, None])
+        of_cols = g_q[None, :] * exponential(x - lse_q[None, :])
         h = sides(of_rows, of_cols, SERVES_ROWS, SERVES_COLS)
     return h
 
