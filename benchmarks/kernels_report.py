@@ -62,6 +62,10 @@ class Variant:
         return table[self.chip, self.row]
 
     @property
+    def warps(self) -> int:
+        return self.tile.warps_of(self.kernel)
+
+    @property
     def products(self) -> str:
         if self.kernel in FOLDS:
             return "none"
@@ -96,7 +100,7 @@ class Resources:
 def programs(variant: Variant, used: Resources) -> int:
     """How many programs over tiles run on a multiprocessor at a time: what fits its registers and
     its shared memory. (They are too large for other limits to count.)"""
-    chip, warps = CHIPS[variant.chip], variant.tile.warps
+    chip, warps = CHIPS[variant.chip], variant.warps
     registers = -(-used.registers // 8) * 8
     if variant.chip.startswith("gfx"):
         # Four SIMDs, each with 512 registers a lane and at most 8 wavefronts.
@@ -297,7 +301,7 @@ def inspect(variant: Variant) -> Resources:
     if variant.kernel in SAMPLE_KERNELS:
         options = {"num_warps": embeddings.WARPS}
     if variant.kernel in TILE_KERNELS:
-        options = {"num_warps": variant.tile.warps, "num_stages": variant.tile.stages}
+        options = {"num_warps": variant.warps, "num_stages": variant.tile.stages}
     source = ASTSource(kernel, *_signature(variant, kernel))
     compiled = triton.compile(source, target=target, options=options)
     return _amd(compiled) if amd else _nvidia(compiled)
@@ -322,7 +326,7 @@ def table(chosen: list[Variant], results: list[Resources]) -> Iterator[str]:
         tile, warps, block, fit = "-", "-", "any", "-"
         if variant.kernel in TILE_KERNELS:
             tile = f"{variant.tile.size} x {variant.tile.size}"
-            warps = str(variant.tile.warps)
+            warps = str(variant.warps)
             block = "diagonal" if variant.diagonal else "off diagonal"
             block += ", ids" if variant.ids else ""
             fit = str(programs(variant, r))

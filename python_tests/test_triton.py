@@ -61,6 +61,7 @@ def test_every_row_of_the_table_fits_its_chip(key):
     chip, tile = tiles.CHIPS[key[0]], tiles.TILES[key]
     assert tile.shared_bytes(chip) <= chip.shared_bytes
     assert tile.size**2 / (chip.lanes * tile.warps) <= 64, "logits of a thread, in registers"
+    assert tile.size**2 / (chip.lanes * tile.warps_of("stats")) <= 128
     for dtype in (torch.bfloat16, torch.float32):
         assert tile.slice_elements(dtype) >= 16, "the smallest slice that tl.dot multiplies"
     assert tile.size // 4 >= 16, "weights are computed a quarter of the columns at a time"

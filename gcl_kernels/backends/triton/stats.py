@@ -188,6 +188,7 @@ def run_stats(
 ) -> None:
     """Two launches: every tile's statistics to the tables, the tables into the running ones."""
     programs, tile, arguments = launch(problem, block)
+    arguments["num_warps"] = tile.warps_of("stats")
     tables = new_tables(problem.scale, block, tile, num_views, 2)
     with torch.cuda.device_of(problem.z_rows):
         kernel[(programs,)](row_table=tables[0], col_table=tables[1], **arguments)

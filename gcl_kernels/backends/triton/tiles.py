@@ -9,7 +9,9 @@ Shared memory of the product, in bytes: ``buffers * 2 * bases * size * slice_byt
 settings), else ``stages - 1``: one slice is always in registers. The epilogue reuses that memory.
 
 Warps: a thread holds ``size^2 / (lanes * warps)`` float32 logits, 64 with 128 x 128 and 8 warps of
-32. With 4 warps they would be 128 of its 255 registers, and the epilogue would spill.
+32. Fewer warps repeat less: with HGMMA a warp's threads hold 16 rows by all columns, so that each
+column's sum is reduced across lanes once a warp. With 4 warps 128 of a thread's 255 registers are
+logits; only ``stats`` on sm_90 has an epilogue that fits the others.
 
 None of the rows was chosen by a measurement on a GPU: they are the largest that compile without a
 spill, inside the memory of their chips. Register and memory counts:
@@ -66,8 +68,9 @@ class Tile:
 
     Attributes:
         size, slice_bytes, warps, stages: see above.
-        bases: embeddings of a row and of a column: two where views are fused.
         reason: why they are what they are.
+        bases: embeddings of a row and of a column: two where views are fused.
+        stats_warps: of ``stats``, where it takes another number.
     """
 
     size: int
@@ -76,6 +79,11 @@ class Tile:
     stages: int
     reason: str
     bases: int = 1
+    stats_warps: int | None = None
+
+    def warps_of(self, kernel: str) -> int:
+        """Warps of a program of this kernel."""
+        return self.stats_warps or self.warps if kernel == "stats" else self.warps
 
     def shared_bytes(self, chip: Chip) -> int:
         """Bytes of shared memory that the product takes on this chip."""
@@ -106,7 +114,7 @@ TILES: dict[tuple[str, str], Tile] = {
             128, 128, 8, 3, "3 buffers of 32 KiB: room for two programs, so that one can multiply "
             "while the other exponentiates; with Triton 3.8 registers fit too. 3.6 takes up to "
             "208: one program, since a limit of 128 spills 264 bytes and tiles of 64 double the "
-            "reads",
+            "reads", stats_warps=4,
         ), _SMALL, _FMA),
         ("sm_100",
             Tile(128, 128, 8, 3, "as sm_90; sums live in tensor memory, 128 columns"),
@@ -124,7 +132,7 @@ TILES: dict[tuple[str, str], Tile] = {
 
 
 def _fused(chip: str, row: str, tile: Tile) -> Tile:
-    half = replace(tile, size=tile.size // 2, bases=2)
+    half = replace(tile, size=tile.size // 2, bases=2, stats_warps=None)
     if row == "large":
         return replace(
             half, reason="64 x 64 samples are 128 x 128 products: operands, buffers and sums of a "
