@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -41,9 +41,14 @@ class SampleData(NamedTuple):
 
     Attributes:
         sample_ids: int64 [N], or None: all samples are different.
+        log_weights: of the views' embeddings as candidates [V, N], in the accumulation dtype; -inf
+            of what is no candidate. None: all zero.
+        limits: the largest logit of a negative of each anchor [V, N], likewise. None: no limits.
     """
 
     sample_ids: Tensor | None = None
+    log_weights: Tensor | None = None
+    limits: Tensor | None = None
 
     def given(self) -> list[Tensor]:
         """Those that there are."""
@@ -111,6 +116,11 @@ class Problem:
         scale: logit scale, 0-d, in the accumulation dtype.
         max_scale: its value where the host knows it: given as a number, or in a CPU's own memory.
         unit_rows: every row has length 1 or 0.
+        log_weights_rows, log_weights_cols: as of :class:`SampleData`, [M] and [K], contiguous: the
+            term of candidate ``q`` is ``exp(x_pq + log_weights_cols[q])``, of ``p`` for the
+            column's anchor likewise. Both are None, or neither.
+        limits_rows, limits_cols: likewise: where ``x_pq > limits_rows[p]``, ``q`` is no negative of
+            ``p``.
     """
 
     z_rows: Tensor
@@ -120,6 +130,15 @@ class Problem:
     scale: Tensor
     max_scale: float | None
     unit_rows: bool
+    log_weights_rows: Tensor | None = field(default=None, kw_only=True)
+    log_weights_cols: Tensor | None = field(default=None, kw_only=True)
+    limits_rows: Tensor | None = field(default=None, kw_only=True)
+    limits_cols: Tensor | None = field(default=None, kw_only=True)
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether a pair's term may be another for the row's anchor than for the column's."""
+        return self.log_weights_rows is not None or self.limits_rows is not None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -140,8 +159,8 @@ class FusedProblem(Problem):
     of all V x V pairs of views.
 
     Attributes:
-        z_rows, z_cols: base embeddings [2, N, D], [2, K, D]; ids [N], [K]; ``unit_rows`` speaks of
-            the V views.
+        z_rows, z_cols: base embeddings [2, N, D], [2, K, D]; ids [N], [K]; log weights and limits
+            [V, N], [V, K]; ``unit_rows`` speaks of the V views.
         coefficients_rows, coefficients_cols: [V, 2, N], [V, 2, K] in the accumulation dtype,
             contiguous.
         bases: for each view the base that it is (its coefficients are one and zero), or None.
@@ -160,8 +179,8 @@ MAX_BOUNDED_SCALE = 40.0
 
 def bounded(problem: Problem) -> bool:
     """Whether ``|x| <= s`` is known on the host, and ``exp(+-2 s)`` is harmless: ``s`` may then
-    stand for every maximum."""
-    return is_bound(problem.max_scale, problem.unit_rows)
+    stand for every maximum. Weights have no bound."""
+    return is_bound(problem.max_scale, problem.unit_rows) and not problem.one_sided
 
 
 def is_bound(scale: float | None, unit_rows: bool) -> bool:

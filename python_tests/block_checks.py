@@ -7,6 +7,7 @@ an emulated GPU. ``test_kernels`` holds what every such backend must do, ``test_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,6 +70,7 @@ class Case:
         ids: half as many as samples, instead of the default ids.
         bases: of a fused problem, as there.
         signs: of a fused problem, coefficients may be negative (a difference of embeddings).
+        options: of ``"log_weights"`` and ``"limits"`` those that there are.
     """
 
     num_samples: int
@@ -80,6 +82,7 @@ class Case:
     unit_rows: bool = True
     bases: tuple[int | None, ...] = (0, 1, None)
     signs: bool = False
+    options: tuple[str, ...] = ()
 
     @property
     def plan(self) -> tuple[Block, ...]:
@@ -109,6 +112,11 @@ CASES = {
     "one-sided candidates": Case(41, 40, 20.0, candidates=ONE_SIDED),
     "one-sided, no bound": Case(41, 40, 60.0, candidates=CYCLE, block_rows=32, ids=True),
     "not normalised": Case(40, 20, 3.0, unit_rows=False, block_rows=64),
+    "weights": Case(50, 33, 20.0, options=("log_weights",), block_rows=80),
+    "limits": Case(50, 33, 20.0, options=("limits",), ids=True),
+    "weights and limits": Case(
+        45, 40, 60.0, candidates=ONE_SIDED, options=("log_weights", "limits"), block_rows=64
+    ),
 }
 FUSED_CASES = {
     "one block, bounded": Case(37, 40, 20.0),
@@ -141,9 +149,15 @@ FUSED_CASES = {
     ),
     "no view is a base": Case(33, 24, 25.0, bases=(None,) * 2, candidates=((True,) * 2,) * 2),
     "not normalised": Case(40, 20, 3.0, unit_rows=False, block_rows=32, signs=True),
+    "weights": Case(70, 32, 20.0, options=("log_weights",), block_rows=48),
+    "limits": Case(70, 32, 20.0, options=("limits",), ids=True, signs=True),
+    "weights and limits": Case(
+        41, 40, 60.0, candidates=CYCLE, options=("log_weights", "limits"), block_rows=32
+    ),
 }  # fmt: skip
 FEW = {
-    "one block, running maximum", "rows not aligned", "one-sided candidates", "several tiles"
+    "one block, running maximum", "rows not aligned", "one-sided candidates", "several tiles",
+    "weights and limits",
 }  # fmt: skip
 """Cases that pass through every part of a kernel that the compute dtype has an effect on."""
 
@@ -160,6 +174,22 @@ def random_unit(shape: tuple[int, ...], case: Case, generator: torch.Generator) 
     return torch.nn.functional.normalize(z, dim=-1) if case.unit_rows else z
 
 
+def add_options(problem: Problem, case: Case, generator: torch.Generator) -> Problem:
+    """Log weights, one of twelve -inf, and limits that leave out some and for some anchors all."""
+    shape = len(case.candidates), case.num_samples
+    drawn = {
+        "log_weights": 2 * torch.randn(shape, generator=generator),
+        "limits": case.scale * (0.3 + torch.randn(shape, generator=generator) / 2),
+    }
+    drawn["log_weights"].view(-1)[::12] = -torch.inf
+    for name in case.options:
+        lines = drawn[name].to(problem.z_rows.device)
+        lines = lines if isinstance(problem, FusedProblem) else lines.flatten()
+        for side in ("rows", "cols"):
+            setattr(problem, f"{name}_{side}", lines)
+    return problem
+
+
 def make_problem(kernels: Kernels, case: Case, dtype: torch.dtype) -> Problem:
     generator = torch.Generator().manual_seed(case.num_samples + case.dim)
     num_views = len(case.candidates)
@@ -169,7 +199,8 @@ def make_problem(kernels: Kernels, case: Case, dtype: torch.dtype) -> Problem:
     if ids is not None:
         ids = ids.repeat(num_views).to(kernels.device)
     scale = torch.tensor(case.scale, dtype=torch.float32, device=kernels.device)
-    return Problem(z, z, ids, ids, scale, None, case.unit_rows)
+    problem = Problem(z, z, ids, ids, scale, None, case.unit_rows)
+    return add_options(problem, case, generator)
 
 
 def fused_problem(kernels: Kernels, case: Case, dtype: torch.dtype) -> FusedProblem:
@@ -191,7 +222,8 @@ def fused_problem(kernels: Kernels, case: Case, dtype: torch.dtype) -> FusedProb
     ids = None if ids is None else ids.to(kernels.device)
     scale = torch.tensor(case.scale, dtype=torch.float32, device=kernels.device)
     of_views = coefficients, coefficients, case.bases[:num_views], case.candidates
-    return FusedProblem(z, z, ids, ids, scale, None, case.unit_rows, *of_views)
+    problem = FusedProblem(z, z, ids, ids, scale, None, case.unit_rows, *of_views)
+    return add_options(problem, case, generator)
 
 
 def random_grad(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -216,12 +248,40 @@ def multiplied(z: Tensor) -> Tensor:
     return ((z.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
+def logits(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """[M, M], of a fused problem [V, N, V, N]."""
+    z = multiplied(problem.z_rows).to(dtype)
+    if isinstance(problem, FusedProblem):
+        z = torch.einsum("vbj,bjd->vjd", problem.coefficients_rows.to(dtype), z)
+        return problem.scale.to(dtype) * torch.einsum("vjd,wkd->vjwk", z, z)
+    return problem.scale.to(dtype) * (z @ z.T)
+
+
+def of_anchors(lines: Tensor) -> Tensor:
+    """What there is of each anchor, beside its logits."""
+    return lines.view(*lines.shape, *(1,) * lines.dim())
+
+
+def chosen(problem: Problem, mask: Tensor) -> Tensor:
+    """Of negatives, those that have a weight and lie within the anchor's limit."""
+    if problem.log_weights_rows is not None:
+        mask = mask & (problem.log_weights_rows > -torch.inf)
+    if problem.limits_rows is not None:
+        mask = mask & ~(logits(problem, torch.float64) > of_anchors(problem.limits_rows))
+    return mask
+
+
+def terms_of(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """The logits with the candidates' log weights."""
+    x = logits(problem, dtype)
+    return x if problem.log_weights_rows is None else x + problem.log_weights_rows
+
+
 def dense(
     problem: Problem, mask: Tensor, grad: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """neg_lse [M] and H [M, M], computed in ``dtype`` from the rounded embeddings."""
-    z = multiplied(problem.z_rows).to(dtype)
-    x = problem.scale.to(dtype) * (z @ z.T)
+    x = terms_of(problem, dtype)
     lse = x.masked_fill(~mask, -torch.inf).logsumexp(1)
     weights = torch.where(mask, grad.to(dtype)[:, None] * (x - lse[:, None]).exp(), 0)
     return lse, weights + weights.T
@@ -244,7 +304,7 @@ def fused_dense(
 ) -> FusedDense:
     z, k = multiplied(problem.z_rows).to(dtype), problem.coefficients_rows.to(dtype)
     views = torch.einsum("vbj,bjd->vjd", k, z)
-    x = problem.scale.to(dtype) * torch.einsum("vjd,wkd->vjwk", views, views)
+    x = terms_of(problem, dtype)
     lse = x.masked_fill(~mask, -torch.inf).flatten(2).logsumexp(2)
     h = torch.where(mask, grad.to(dtype)[..., None, None] * (x - lse[..., None, None]).exp(), 0)
     h = h + h.permute(2, 3, 0, 1)
@@ -360,7 +420,7 @@ def check_stats(stats: tuple[Tensor, Tensor], exact: Tensor, single: Tensor, all
 def check_block_functions(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
     problem, plan = make_problem(kernels, case, dtype), case.plan
     mask = negatives(case.candidates, problem.ids_rows, case.num_samples).to(kernels.device)
-    mask = mask.reshape((problem.z_rows.shape[0],) * 2)
+    mask = chosen(problem, mask.reshape((problem.z_rows.shape[0],) * 2))
     grad = random_grad(mask.shape[:1], mask.device) * mask.any(1)
     lse64, h64 = dense(problem, mask, grad, torch.float64)
     lse32, h32 = dense(problem, mask, grad, torch.float32)
@@ -375,6 +435,7 @@ def check_block_functions(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
 def check_fused_block_functions(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
     problem, plan = fused_problem(kernels, case, dtype), case.fused_plan
     mask = negatives(case.candidates, problem.ids_rows, case.num_samples).to(kernels.device)
+    mask = chosen(problem, mask)
     has_negative = mask.flatten(2).any(2)
     grad = random_grad(has_negative.shape, mask.device) * has_negative
     exact, single = (
@@ -431,12 +492,28 @@ RECTANGLES = {
         75, 48, 60.0, candidates=TWO_VIEWS, bases=(0, 1), block_rows=32
     ),
     "one-sided candidates": Case(61, 40, 20.0, candidates=ONE_SIDED, block_rows=64),
+    "weights and limits": Case(
+        61, 40, 20.0, candidates=ONE_SIDED, block_rows=64, options=("log_weights", "limits")
+    ),
 }
 
 
 def _of_samples(lines: Tensor, num_views: int, samples: slice) -> Tensor:
     """Those of some samples, of lines [V * N, ...]."""
     return lines.unflatten(0, (num_views, -1))[:, samples].flatten(0, 1).contiguous()
+
+
+def cut_options(
+    problem: Problem,
+    square: Problem,
+    cut: Callable[[Tensor, slice], Tensor],
+    sides: tuple[slice, slice],
+) -> None:
+    """Give a rectangle's rows and columns their part of the square's options."""
+    for name in ("log_weights", "limits"):
+        whole = getattr(square, f"{name}_rows")
+        for side, samples in zip(("rows", "cols"), sides, strict=True):
+            setattr(problem, f"{name}_{side}", None if whole is None else cut(whole, samples))
 
 
 def check_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
@@ -449,42 +526,48 @@ def check_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> None:
         for side in sides
     ]
     problem = replace(square, z_rows=z[0], z_cols=z[1], ids_rows=ids[0], ids_cols=ids[1])
+    cut_options(problem, square, lambda lines, side: _of_samples(lines, views, side), sides)
     mask = negatives(case.candidates, square.ids_rows, case.num_samples).to(kernels.device)
-    x, single = (
-        problem.scale.to(kind) * (multiplied(z[0]).to(kind) @ multiplied(z[1]).to(kind).T)
-        for kind in (torch.float64, torch.float32)
+    mask = chosen(square, mask.reshape((square.z_rows.shape[0],) * 2)).view(mask.shape)
+    by_row, by_col = (
+        [
+            terms_of(square, kind).view(mask.shape)[:, first, :, second].flatten(2).flatten(0, 1)
+            for kind in (torch.float64, torch.float32)
+        ]
+        for first, second in (sides, sides[::-1])
     )
     of_rows = mask[:, sides[0], :, sides[1]].flatten(2).flatten(0, 1)
-    of_cols = mask[:, sides[1], :, sides[0]].flatten(2).flatten(0, 1).T
+    of_cols = mask[:, sides[1], :, sides[0]].flatten(2).flatten(0, 1)
     samples = [Samples(0, len(side) // views, len(side) // views) for side in z]
     plan = plan_rectangle(*samples, case.candidates, case.block_rows)
     workspace = Workspace(z[0].device, plan)
     stats = [empty_stats(problem, side) for side in z]
     for block in plan:
         kernels.backend.block_stats(problem, block, *stats, workspace)
-    for of_side, served, axis in zip(stats, (of_rows, of_cols), (1, 0), strict=True):
-        lse, lse32 = (
-            values.masked_fill(~served, -torch.inf).logsumexp(axis) for values in (x, single)
-        )
+    for of_side, served, terms in zip(stats, (of_rows, of_cols), (by_row, by_col), strict=True):
+        lse, lse32 = (values.masked_fill(~served, -torch.inf).logsumexp(1) for values in terms)
         check_stats((of_side.max, of_side.sum), lse, lse32, rounding(case))
 
     # Any lse above the logits' will do, and other rows' are among them.
-    lse = [random_grad(side.shape[:1], x.device).abs() / 64 + problem.scale for side in z]
-    grad = [random_grad(side.shape[:1], x.device) for side in z]
+    lse = [random_grad(side.shape[:1], side.device).abs() / 64 + problem.scale for side in z]
+    grad = [random_grad(side.shape[:1], side.device) for side in z]
 
-    def weights(x: Tensor) -> Tensor:
-        by_row = (x - lse[0][:, None]).exp() * grad[0][:, None]
-        return torch.where(of_rows, by_row, 0) + torch.where(
-            of_cols, (x - lse[1]).exp() * grad[1], 0
+    def weights(kind: int) -> Tensor:
+        of_side = (
+            torch.where(served, (terms[kind] - lse_p[:, None]).exp() * grad_p[:, None], 0)
+            for served, terms, lse_p, grad_p in zip(
+                (of_rows, of_cols), (by_row, by_col), lse, grad, strict=True
+            )
         )
+        return next(of_side) + next(of_side).T
 
-    h, lines = x.new_zeros(x.shape), list(map(lines_of, lse, grad))
+    h, lines = torch.zeros_like(by_row[0]), list(map(lines_of, lse, grad))
     for block in plan:
         part = kernels.backend.block_weights(problem, block, *lines, workspace)
         h[block.rows, block.cols] = part.double()
         part.fill_(torch.nan)
-    exact = weights(x)
-    allowed = 2 * error(weights(single), exact) + rounding(case) + kernels.rounding[dtype]
+    exact = weights(0)
+    allowed = 2 * error(weights(1), exact) + rounding(case) + kernels.rounding[dtype]
     assert error(h, exact) <= allowed
 
 
@@ -505,10 +588,12 @@ def check_fused_rectangle(kernels: Kernels, case: Case, dtype: torch.dtype) -> N
         ids_rows=ids[0],
         ids_cols=ids[1],
     )
+    cut_options(problem, square, lambda lines, side: lines[:, side].contiguous(), sides)
     # In the whole, pairs of one side are masked: what is left of it is the rectangle.
     mask = negatives(case.candidates, square.ids_rows, n).to(kernels.device)
     for side in sides:
         mask[:, side, :, side] = False
+    mask = chosen(square, mask)
     has_negative = mask.flatten(2).any(2)
     grad = random_grad(has_negative.shape, mask.device) * has_negative
     exact, single = (

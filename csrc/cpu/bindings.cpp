@@ -94,7 +94,7 @@ using gcl::Address, gcl::Views;
 template <>
 struct type_caster<gcl::Problem>
     : from_tuple<gcl::Problem, int, double, bool, Address, Address, Address, int64_t, int64_t,
-                 int64_t, const Views*, Address, Address> {};
+                 int64_t, const Views*, Address, Address, Address, Address, Address, Address> {};
 template <>
 struct type_caster<gcl::Embedded>
     : from_tuple<gcl::Embedded, int, const Views*, int, int64_t, int64_t, bool, double, double,

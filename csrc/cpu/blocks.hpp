@@ -122,7 +122,11 @@ struct Problem {
   int64_t rows, cols, dim;   // of embeddings; of samples in score fusion
   const Views* fused;        // score fusion's views, or null
   Address row_coefficients, col_coefficients;
+  // 0, or tables in the accumulation dtype as problem.py has them, rows and columns alike: all four
+  // then.
+  Address row_log_weights, col_log_weights, row_limits, col_limits;
 
+  bool one_sided() const { return row_limits != 0; }
   int bases() const { return fused ? 2 : 1; }
   int64_t views() const { return fused ? fused->count : 1; }
   int64_t strip_size() const { return fused ? fused_strip_rows : strip_rows; }
@@ -143,7 +147,10 @@ static std::vector<T> columns(const Problem& p, const BlockPlace& b, Address fro
 template <class T, class F>
 static void for_strips(const Problem& p, const BlockPlace& b, Address tile, int64_t stride,
                        const F& body) {
+  const int64_t views = p.one_sided() ? p.views() : 0;
   const auto coefficients = columns<T>(p, b, p.col_coefficients, p.fused ? 2 * p.views() : 0);
+  const auto log_weights = columns<T>(p, b, p.col_log_weights, views);
+  const auto limits = columns<T>(p, b, p.col_limits, views);
   py::gil_scoped_release release;
   const bool parallel = b.rows * b.cols >= parallel_elements;
   for_each_strip(p.strips(b), p.threads, parallel, [&](int64_t number) {
@@ -156,6 +163,11 @@ static void for_strips(const Problem& p, const BlockPlace& b, Address tile, int6
     s.mask = b.mask(start, p.row_ids, p.col_ids);
     s.serves_rows = b.serves_rows, s.serves_cols = b.sums_cols();
     s.row_pitch = p.rows, s.col_pitch = padded(b.cols);
+    if ((s.one_sided = p.one_sided())) {
+      s.row_log_weight = at<T>(p.row_log_weights, b.row_start + start);
+      s.row_limit = at<T>(p.row_limits, b.row_start + start);
+      s.col_log_weight = log_weights.data(), s.col_limit = limits.data();
+    }
     if (p.fused) {
       s.views = p.fused->count, s.bases = p.fused->bases, s.candidates = p.fused->pairs;
       s.row_coefficient = at<T>(p.row_coefficients, b.row_start + start);

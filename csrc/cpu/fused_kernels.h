@@ -107,8 +107,8 @@ void fused_stats_bounded(const Strip<T>& s) {
   }
 }
 
-template <class T>
-void fused_stats_running(const Strip<T>& s) {
+template <class T, bool one_sided>
+INLINE void fused_stats_of_any_range(const Strip<T>& s) {
   FusedRow<T> r;
   const int pairs = s.views * s.views;
   const auto logits_of = [&](int64_t i, int pair) {
@@ -123,11 +123,12 @@ void fused_stats_running(const Strip<T>& s) {
           T* x = logits_of(i, v * s.views + w) + at;
           T* col_max = s.col_max + w * s.col_pitch + at;
           const bool col = s.candidates[w * s.views + v];
+          const Terms<T, one_sided> terms(s, i, at, v, w);
           for (int k = 0; k < r.padded; k += lanes<T>) {
-            const auto value = logits(k);
+            const auto value = logits(k), of_col = terms.col(value, k);
             store<T>(x + k, value);
             const auto most = load<T>(col_max + k);
-            if (col) store<T>(col_max + k, value > most ? value : most);
+            if (col) store<T>(col_max + k, of_col > most ? of_col : most);
           }
         }
       }
@@ -137,8 +138,9 @@ void fused_stats_running(const Strip<T>& s) {
       for (int w = 0; w < s.views; ++w) {
         if (!s.candidates[v * s.views + w]) continue;
         const T* x = logits_of(i, v * s.views + w);
+        const Terms<T, one_sided> terms(s, i, 0, v, w);
         for (int64_t k = 0; k < s.cols; k += lanes<T>) {
-          const auto value = load<T>(x + k);
+          const auto value = terms.row(load<T>(x + k), k);
           most = value > most ? value : most;
         }
       }
@@ -147,8 +149,9 @@ void fused_stats_running(const Strip<T>& s) {
       for (int w = 0; w < s.views; ++w) {
         if (!s.candidates[v * s.views + w]) continue;
         const T* x = logits_of(i, v * s.views + w);
+        const Terms<T, one_sided> terms(s, i, 0, v, w);
         for (int64_t k = 0; k < s.cols; k += lanes<T>)
-          sum += exponential<T>(load<T>(x + k) - row_max);
+          sum += exponential<T>(terms.row(load<T>(x + k), k) - row_max);
       }
       fold(s.row_max[v * s.row_pitch + i], s.row_sum[v * s.row_pitch + i], row_max,
            horizontal_sum<T>(sum));
@@ -162,8 +165,9 @@ void fused_stats_running(const Strip<T>& s) {
         const T* x = logits_of(i, v * s.views + w);
         const T* col_max = s.col_max + w * s.col_pitch;
         T* col_sum = s.col_sum + w * s.col_pitch;
+        const Terms<T, one_sided> terms(s, i, 0, v, w);
         for (int64_t k = 0; k < s.cols; k += lanes<T>) {
-          const auto e = exponential<T>(load<T>(x + k) - load<T>(col_max + k));
+          const auto e = exponential<T>(terms.col(load<T>(x + k), k) - load<T>(col_max + k));
           store<T>(col_sum + k, load<T>(col_sum + k) + e);
         }
       }
@@ -171,11 +175,16 @@ void fused_stats_running(const Strip<T>& s) {
   }
 }
 
+template <class T>
+void fused_stats_running(const Strip<T>& s) {
+  s.one_sided ? fused_stats_of_any_range<T, true>(s) : fused_stats_of_any_range<T, false>(s);
+}
+
 // F_bc = sum_vw coefficient[v][b] coefficient[w][c] H_vw, and what the coefficients' gradients are
 // made of: row_inner[v][b] = sum over w, k of H_vw toward[w][b], col_inner[w][c] = sum over v, j of
 // H_vw away[v][c].
-template <class T>
-void fused_weights(const Strip<T>& s) {
+template <class T, bool one_sided>
+INLINE void fused_weights_of(const Strip<T>& s) {
   FusedRow<T> r;
   T f[2][2][fused_chunk], g[2][fused_chunk];
   for (int64_t i = 0; i < s.rows; ++i) {
@@ -192,6 +201,7 @@ void fused_weights(const Strip<T>& s) {
           const bool row = s.candidates[v * s.views + w], col = s.candidates[w * s.views + v];
           if (!row && !col) continue;
           const PairLogits<T> logits(r, s, i, v, w);
+          const Terms<T, one_sided> terms(s, i, at, v, w);
           const int base_w = s.bases[w];
           const T* col_lse = s.col_lse + w * s.col_pitch + at;
           const T* col_factor = s.col_factor + w * s.col_pitch + at;
@@ -212,8 +222,10 @@ void fused_weights(const Strip<T>& s) {
               if (col) factor += load<T>(col_factor + k);
               h = exponential<T>(x - s.scale) * factor;
             } else {
-              if (row) h = exponential<T>(x - row_lse) * row_factor;
-              if (col) h += exponential<T>(x - load<T>(col_lse + k)) * load<T>(col_factor + k);
+              if (row) h = exponential<T>(terms.row(x, k) - row_lse) * row_factor;
+              if (col)
+                h += exponential<T>(terms.col(x, k) - load<T>(col_lse + k)) *
+                     load<T>(col_factor + k);
             }
             inner0 += h * load<T>(toward0 + k);
             if (base_v < 0) inner1 += h * load<T>(toward1 + k);
@@ -244,4 +256,9 @@ void fused_weights(const Strip<T>& s) {
           std::memcpy(s.out[b][c] + i * s.out_stride + at, f[b][c], count * sizeof(T));
     }
   }
+}
+
+template <class T>
+void fused_weights(const Strip<T>& s) {
+  s.one_sided ? fused_weights_of<T, true>(s) : fused_weights_of<T, false>(s);
 }

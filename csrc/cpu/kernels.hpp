@@ -45,7 +45,7 @@ struct Strip {
   const T* y[2][2];  // products: the first alone, or those of two bases
   int64_t stride, rows, cols;
   T scale;
-  bool bounded, serves_rows, serves_cols;
+  bool bounded, one_sided, serves_rows, serves_cols;
   Mask mask;
   int64_t row_pitch, col_pitch;
   T *row_max, *row_sum;                                  // running
@@ -53,6 +53,8 @@ struct Strip {
   T* buffer;                                             // for logits of any range: of col_pitch
   const T *row_lse, *row_factor, *col_lse, *col_factor;  // weights
   int64_t row_factor_pitch;
+  // Where one_sided: of candidates and of anchors, as problem.py has them.
+  const T *row_log_weight, *row_limit, *col_log_weight, *col_limit;
   T* out[2][2];
   int64_t out_stride;
   // Of score fusion:

@@ -57,10 +57,11 @@ PYBIND11_MODULE(_cuda, m) {
       .value("float16", Product::float16);
 
   py::class_<Side>(m, "Side")
-      .def(py::init([](Address z, Address ids, int length) {
-             return Side{pointer<void>(z), pointer<int64_t>(ids), length};
+      .def(py::init([](Address z, Address ids, Address log_weights, Address limits, int length) {
+             return Side{pointer<void>(z), pointer<int64_t>(ids), pointer<float>(log_weights),
+                         pointer<float>(limits), length};
            }),
-           py::kw_only(), arg("z"), arg("ids"), arg("length"));
+           py::kw_only(), arg("z"), arg("ids"), arg("log_weights"), arg("limits"), arg("length"));
 
   py::class_<Block>(m, "Block")
       .def(py::init([](Side rows, Side cols, Address scale, int dim, int id_offset, int id_period,

@@ -15,6 +15,8 @@ enum class Product { float32, tf32, bfloat16, float16 };
 struct Side {
   const void* z;       // embeddings, `dim` elements each
   const int64_t* ids;  // null: the default ids
+  // As candidates and as anchors, see problem.py; null: all zero, no limits.
+  const float *log_weights, *limits;
   int length;
 };
 
@@ -24,6 +26,11 @@ struct Block {
   int dim;
   int id_offset, id_period;  // see SampleIds
   bool unit_rows, diagonal, serves_rows, serves_cols;
+
+  // Whether a pair's term may be another for the row's anchor than for the column's.
+  HOST_DEVICE bool one_sided() const {
+    return rows.log_weights != nullptr || rows.limits != nullptr;
+  }
 
   HOST_DEVICE SampleIds sample_ids() const {
     return {rows.ids, cols.ids, id_offset, id_period, rows.length, cols.length};

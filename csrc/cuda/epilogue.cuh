@@ -13,9 +13,19 @@ constexpr float FINITE_MIN = -3.4028234663852886e38f;
 // |x| <= s <= 40: exp(x - s) >= e^-80 is a normal float32, and exp(s - lse) <= e^80 is finite.
 constexpr float MAX_BOUNDED_SCALE = 40.0f;
 
-// Whether |x| <= s is known and so small that s may replace every maximum. False for NaN.
-DEVICE bool is_bounded(float s, bool unit_rows) {
-  return unit_rows && s >= 0 && s <= MAX_BOUNDED_SCALE;
+// Whether |x| <= s is known and so small that s may replace every maximum. False for NaN. Weights
+// have no bound.
+DEVICE bool is_bounded(float s, const Block& block) {
+  return block.unit_rows && s >= 0 && s <= MAX_BOUNDED_SCALE && !block.one_sided();
+}
+
+// A logit as a term of an anchor: with its candidate's log weight, -inf above the anchor's limit.
+// Lines beyond the block's, whose logits are masked, are not read.
+DEVICE float term_of(float x, const Side& anchors, int anchor, const Side& candidates,
+                     int candidate) {
+  if (anchor >= anchors.length || candidate >= candidates.length) return x;
+  if (anchors.limits != nullptr && x > anchors.limits[anchor]) return -INFINITE;
+  return candidates.log_weights == nullptr ? x : x + candidates.log_weights[candidate];
 }
 
 // x = s <z_row, z_col>, -inf where that is no negative.

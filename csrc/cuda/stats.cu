@@ -49,19 +49,22 @@ struct WarpStatistics {
   float col_max[WARP_ROWS][TILE], col_sum[WARP_ROWS][TILE];
 };
 
-DEVICE void reduce_rows(const Sums& x, float s, bool bounded, WarpStatistics& out,
-                        const Place& at) {
+// Of logits, or of what `term(x, i, j)` makes of them.
+template <class TERM>
+DEVICE void reduce_rows(const Sums& x, float s, bool bounded, const TERM& term,
+                        WarpStatistics& out, const Place& at) {
 #pragma unroll
   for (int i = 0; i < ROWS_OF_THREAD; ++i) {
     float m = s, sum = 0;
     if (!bounded) {
       m = FINITE_MIN;  // not -inf: where all is masked, -inf - -inf would be NaN
 #pragma unroll
-      for (float value : x[i]) m = fmaxf(m, value);
+      for (int j = 0; j < COLS_OF_THREAD; ++j) m = fmaxf(m, term(x[i][j], i, j));
       m = max_along<AlongRow>(m);
     }
 #pragma unroll
-    for (float value : x[i]) sum += bounded ? value : exponential(value - m);
+    for (int j = 0; j < COLS_OF_THREAD; ++j)
+      sum += bounded ? x[i][j] : exponential(term(x[i][j], i, j) - m);
     sum = sum_along<AlongRow>(sum);
     if (at.lane % LANES_OF_ROW == 0) {
       out.row_max[at.warp_col][at.row(i)] = m;
@@ -70,19 +73,21 @@ DEVICE void reduce_rows(const Sums& x, float s, bool bounded, WarpStatistics& ou
   }
 }
 
-DEVICE void reduce_cols(const Sums& x, float s, bool bounded, WarpStatistics& out,
-                        const Place& at) {
+template <class TERM>
+DEVICE void reduce_cols(const Sums& x, float s, bool bounded, const TERM& term,
+                        WarpStatistics& out, const Place& at) {
 #pragma unroll
   for (int j = 0; j < COLS_OF_THREAD; ++j) {
     float m = s, sum = 0;
     if (!bounded) {
       m = FINITE_MIN;
 #pragma unroll
-      for (const auto& row : x) m = fmaxf(m, row[j]);
+      for (int i = 0; i < ROWS_OF_THREAD; ++i) m = fmaxf(m, term(x[i][j], i, j));
       m = max_along<AlongCol>(m);
     }
 #pragma unroll
-    for (const auto& row : x) sum += bounded ? row[j] : exponential(row[j] - m);
+    for (int i = 0; i < ROWS_OF_THREAD; ++i)
+      sum += bounded ? x[i][j] : exponential(term(x[i][j], i, j) - m);
     sum = sum_along<AlongCol>(sum);
     if (at.lane < LANES_OF_ROW) {
       out.col_max[at.warp_row][at.col(j)] = m;
@@ -114,7 +119,7 @@ KERNEL(THREADS, 2) stats_kernel(const Arguments a) {
   multiply_tile<ELEMENT>(x, block, a.aligned, first_row, first_col, at);
   const float s = *block.scale;
   scale_and_mask(x, s, block.sample_ids(), first_row, first_col, at);
-  const bool bounded = is_bounded(s, block.unit_rows);
+  const bool bounded = is_bounded(s, block);
   if (bounded) {
 #pragma unroll
     for (auto& row : x)
@@ -122,8 +127,20 @@ KERNEL(THREADS, 2) stats_kernel(const Arguments a) {
       for (float& value : row) value = exponential(value - s);
   }
   auto& of_warps = *reinterpret_cast<WarpStatistics*>(shared_memory());
-  reduce_rows(x, s, bounded, of_warps, at);
-  reduce_cols(x, s, bounded, of_warps, at);
+  if (block.one_sided()) {
+    const auto for_row = [&](float value, int i, int j) {
+      return term_of(value, block.rows, first_row + at.row(i), block.cols, first_col + at.col(j));
+    };
+    const auto for_col = [&](float value, int i, int j) {
+      return term_of(value, block.cols, first_col + at.col(j), block.rows, first_row + at.row(i));
+    };
+    reduce_rows(x, s, bounded, for_row, of_warps, at);
+    reduce_cols(x, s, bounded, for_col, of_warps, at);
+  } else {
+    const auto itself = [](float value, int, int) { return value; };
+    reduce_rows(x, s, bounded, itself, of_warps, at);
+    reduce_cols(x, s, bounded, itself, of_warps, at);
+  }
   sync_threads();
   // Half of the threads write a row each, the others a column.
   const int line = thread_index() % TILE;

@@ -27,10 +27,9 @@ DEVICE LineWeight bounded_weight(LineWeight line, float s) {
   return {line.lse, line.g * exponential(s - line.lse)};
 }
 
-// H_pq = g_p exp(x - lse_p) + g_q exp(x - lse_q)
-DEVICE float weight_of(float x, float s, bool bounded, const LineWeight& p, const LineWeight& q) {
-  if (bounded) return exponential(x - s) * (p.g + q.g);
-  return p.g * exponential(x - p.lse) + q.g * exponential(x - q.lse);
+// H_pq = g_p exp(x_p - lse_p) + g_q exp(x_q - lse_q) of a logit's terms for both anchors.
+DEVICE float weight_of(float x_p, float x_q, const LineWeight& p, const LineWeight& q) {
+  return p.g * exponential(x_p - p.lse) + q.g * exponential(x_q - q.lse);
 }
 
 template <class STORAGE>
@@ -145,7 +144,7 @@ DEVICE void weigh(Sums& x, const Arguments<STORAGE>& a, int first_row, int first
                   const Place& at) {
   const Block& block = a.block;
   const float s = *block.scale;
-  const bool bounded = is_bounded(s, block.unit_rows);
+  const bool bounded = is_bounded(s, block), one_sided = block.one_sided();
   // lse and g of all of a thread's columns at once would not fit the registers beside the logits.
   constexpr int AT_ONCE = COLS_OF_THREAD / 2;
 #pragma unroll
@@ -163,8 +162,18 @@ DEVICE void weigh(Sums& x, const Arguments<STORAGE>& a, int first_row, int first
       LineWeight p = load_weight(a.rows, row, block.serves_rows && row < block.rows.length);
       if (bounded) p = bounded_weight(p, s);
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j)
-        x[i][first + j] = weight_of(x[i][first + j], s, bounded, p, q[j]);
+      for (int j = 0; j < AT_ONCE; ++j) {
+        float& value = x[i][first + j];
+        if (bounded) {
+          value = exponential(value - s) * (p.g + q[j].g);
+        } else if (one_sided) {
+          const int col = first_col + at.col(first + j);
+          value = weight_of(term_of(value, block.rows, row, block.cols, col),
+                            term_of(value, block.cols, col, block.rows, row), p, q[j]);
+        } else {
+          value = weight_of(value, value, p, q[j]);
+        }
+      }
     }
   }
 }

@@ -116,12 +116,25 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if _is_aligned(tensor) else tensor.clone()
 
 
-def _ids(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """Explicit ids; they must outlive the call that takes their addresses."""
-    rows = None if problem.ids_rows is None else _readable(problem.ids_rows)
-    if problem.ids_cols is problem.ids_rows:
-        return rows, rows
-    return rows, None if problem.ids_cols is None else _readable(problem.ids_cols)
+def _constants(problem: Problem) -> list[Tensor | None]:
+    """Explicit ids, log weights and limits, of rows and columns each; they must outlive the call
+    that takes their addresses."""
+    sides = [(problem.ids_rows, problem.ids_cols)]
+    if problem.one_sided:  # the extension has either both options or none
+        for of, neutral in (
+            ((problem.log_weights_rows, problem.log_weights_cols), 0.0),
+            ((problem.limits_rows, problem.limits_cols), math.inf),
+        ):
+            sides.append(of if of[0] is not None else _neutral(problem, neutral))
+    else:
+        sides += [(None, None)] * 2
+    return [None if of is None else _readable(of) for side in sides for of in side]
+
+
+def _neutral(problem: Problem, value: float) -> tuple[Tensor, Tensor]:
+    """Of rows and columns, lines of this value."""
+    rows, cols = (line_shape(problem, z) for z in (problem.z_rows, problem.z_cols))
+    return problem.scale.new_full(rows, value), problem.scale.new_full(cols, value)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -195,8 +208,9 @@ def _whole_plan(
     return _places(plan), tiles * sum(math.prod(block.shape) for block in plan)
 
 
-def _problem(problem: Problem, ids: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """As the extension's ``Problem``."""
+def _problem(problem: Problem, constants: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """As the extension's ``Problem``, from it and its :func:`_constants`."""
+    ids_rows, ids_cols, *lines = map(_address, constants)
     fused: tuple[Any, int, int] = (None, 0, 0)
     if isinstance(problem, FusedProblem):
         k_rows, k_cols = problem.coefficients_rows, problem.coefficients_cols
@@ -208,12 +222,14 @@ def _problem(problem: Problem, ids: Sequence[Tensor | None]) -> tuple[Any, ...]:
         torch.get_num_threads(),
         float(problem.scale) if max_scale is None else max_scale,
         bounded(problem),
-        *map(_address, ids),
+        ids_rows,
+        ids_cols,
         z.data_ptr(),
         rows,
         rows if problem.z_cols is z else problem.z_cols.shape[-2],
         dim,
         *fused,
+        *lines,
     )
 
 
@@ -278,9 +294,9 @@ class Cpu(Backend):
     def block_stats(
         self, problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
     ) -> None:
-        tile, ids = self._products(problem, block, workspace), _ids(problem)
+        tile, constants = self._products(problem, block, workspace), _constants(problem)
         _function("block_stats", problem.accum_dtype)(
-            _problem(problem, ids),
+            _problem(problem, constants),
             _place(block),
             tile.data_ptr(),
             tile.stride(-2),
@@ -293,14 +309,14 @@ class Cpu(Backend):
     def block_weights(
         self, problem: Problem, block: Block, rows: Lines, cols: Lines, workspace: Workspace
     ) -> Tensor:
-        tile, ids = workspace.kept(block), _ids(problem)
+        tile, constants = workspace.kept(block), _constants(problem)
         if tile is None:
             tile = self._products(problem, block, workspace)
         # May be the tile's own place: what is read of it is read before that is written.
         out = workspace.tile(0, tile.shape, problem.accum_dtype)
         grad_rows, grad_cols = _readable(rows.grad), _readable(cols.grad)
         _function("block_weights", problem.accum_dtype)(
-            _problem(problem, ids),
+            _problem(problem, constants),
             _place(block),
             tile.data_ptr(),
             tile.stride(-2),
@@ -322,10 +338,10 @@ class Cpu(Backend):
     def statistics(self, problem: Problem, plan: tuple[Block, ...], kept: Tensor) -> Tensor | None:
         if _by_pytorch():
             return None
-        ids = _ids(problem)
+        constants = _constants(problem)
         neg_lse = problem.scale.new_empty(line_shape(problem, problem.z_rows))
         _function("statistics", problem.accum_dtype)(
-            _problem(problem, ids),
+            _problem(problem, constants),
             _places(plan),
             kept.data_ptr(),
             kept.numel(),
@@ -347,13 +363,14 @@ class Cpu(Backend):
         frozen = not isinstance(problem, FusedProblem) and not all(needs_bases)
         if _by_pytorch() or (needs_scale and frozen):
             return None
-        ids, grad, sums = _ids(problem), _readable(grad), torch.empty_like(problem.z_rows)
+        constants, grad = _constants(problem), _readable(grad)
+        sums = torch.empty_like(problem.z_rows)
         if isinstance(problem, FusedProblem):
             inner = torch.zeros_like(problem.coefficients_rows)
         else:
             inner = sums.new_empty(0)
         _function("matrix_gradient", problem.accum_dtype)(
-            _problem(problem, ids),
+            _problem(problem, constants),
             _places(plan),
             kept.data_ptr(),
             kept.numel(),
@@ -410,7 +427,7 @@ class Cpu(Backend):
         of_samples = (len(bases), num_samples, dim, spec.normalize, NORM_EPS, value)
         _function("loss", scale.dtype)(
             (threads, own, *of_samples, 0, 0, 0, 0, 0),
-            (threads, value, bound, id_address, id_address, 0, rows, rows, dim, fused, 0, 0),
+            (threads, value, bound, id_address, id_address, 0, rows, rows, dim, fused, *[0] * 6),
             plan,
             elements,
             _terms(terms),

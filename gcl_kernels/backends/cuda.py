@@ -79,11 +79,13 @@ def _product(dtype: torch.dtype) -> Any:
     return _cuda.Product.bfloat16 if dtype == torch.bfloat16 else _cuda.Product.float16
 
 
-def _side(z: Tensor, ids: Tensor | None, where: slice) -> Any:
+def _side(problem: Problem, side: str, where: slice) -> Any:
+    tables = {
+        name: getattr(problem, f"{name}_{side}") for name in ("z", "ids", "log_weights", "limits")
+    }
     return _cuda.Side(
-        z=z[where].data_ptr(),
-        ids=0 if ids is None else ids[where].data_ptr(),
         length=where.stop - where.start,
+        **{name: 0 if of is None else of[where].data_ptr() for name, of in tables.items()},
     )
 
 
@@ -100,8 +102,8 @@ class _Call:
         self._z = z
         id_offset, id_period = block.id_diagonals
         self.block = _cuda.Block(
-            rows=_side(z, problem.ids_rows, block.rows),
-            cols=_side(problem.z_cols, problem.ids_cols, block.cols),
+            rows=_side(problem, "rows", block.rows),
+            cols=_side(problem, "cols", block.cols),
             scale=problem.scale.data_ptr(),
             dim=z.shape[-1],
             id_offset=id_offset,

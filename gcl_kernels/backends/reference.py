@@ -87,6 +87,11 @@ def negatives(
     flat = z.to(spec.compute_dtype).to(spec.accum_dtype).flatten(0, 1)
     x = scale * _product(flat, flat.T)
     mask = dense_mask(spec.candidates, ids)
+    if data.limits is not None:
+        mask = mask & ~(x > data.limits.view(-1, 1))
+    if data.log_weights is not None:
+        mask = mask & (data.log_weights.flatten() > -torch.inf)
+        x = x + data.log_weights.flatten()
     # A row without negatives must not reach logsumexp, whose gradient would be NaN there.
     empty = ~mask.any(1)
     x = x.masked_fill(~mask, -torch.inf).masked_fill(empty[:, None], 0)

@@ -6,6 +6,7 @@ With ``x = s * z_A z_B^T`` for one block, equal samples masked to -inf:
                     for the rows, and the same over p for the columns
     block_weights   H_pq = g_p exp(x_pq - lse_p) + g_q exp(x_pq - lse_q)
 
+each side with its candidates' log weights added to x, and -inf above its anchors' limits.
 Natural logarithms; ``x``, statistics and ``H`` in the accumulation dtype (float32, float64 for
 float64). ``H`` is rounded to the compute dtype last.
 
@@ -15,6 +16,9 @@ and neither underflow nor overflow can occur.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,10 +63,11 @@ class Tiled(Backend):
         scratch = None
         if not bounded(problem):
             scratch = workspace.tile(1, block.shape, problem.accum_dtype)
+        for_rows, for_cols = _terms(problem, tile, block.rows, block.cols, workspace)
         if block.serves_rows:
-            _update(rows.max[block.rows], rows.sum[block.rows], tile, 1, scratch)
+            _update(rows.max[block.rows], rows.sum[block.rows], for_rows(), 1, scratch)
         if block.serves_cols and not block.diagonal:
-            _update(cols.max[block.cols], cols.sum[block.cols], tile, 0, scratch)
+            _update(cols.max[block.cols], cols.sum[block.cols], for_cols(), 0, scratch)
 
     def block_weights(
         self, problem: Problem, block: Block, rows: Lines, cols: Lines, workspace: Workspace
@@ -72,6 +77,7 @@ class Tiled(Backend):
         kept = workspace.kept(block)
         tile = self._compute_tile(problem, block, workspace) if kept is None else kept
         out = workspace.tile(1, block.shape, problem.accum_dtype)
+        for_rows, for_cols = _terms(problem, tile, block.rows, block.cols, workspace)
         if bounded(problem):
             factor_p = (problem.scale - lse_p).exp_().mul_(grad_p).unsqueeze_(1)
             factor_q = (problem.scale - lse_q).exp_().mul_(grad_q).unsqueeze_(0)
@@ -80,14 +86,14 @@ class Tiled(Backend):
             else:
                 torch.mul(tile, factor_p if block.serves_rows else factor_q, out=out)
         elif block.serves_rows and block.serves_cols:
-            torch.sub(tile, lse_p.unsqueeze(1), out=out).exp_().mul_(grad_p.unsqueeze(1))
+            torch.sub(for_rows(), lse_p.unsqueeze(1), out=out).exp_().mul_(grad_p.unsqueeze(1))
             second = tile if kept is None else workspace.tile(2, block.shape, out.dtype)
-            torch.sub(tile, lse_q.unsqueeze(0), out=second).exp_()
+            torch.sub(for_cols(), lse_q.unsqueeze(0), out=second).exp_()
             out.addcmul_(second, grad_q.unsqueeze(0))
         elif block.serves_rows:
-            torch.sub(tile, lse_p.unsqueeze(1), out=out).exp_().mul_(grad_p.unsqueeze(1))
+            torch.sub(for_rows(), lse_p.unsqueeze(1), out=out).exp_().mul_(grad_p.unsqueeze(1))
         else:
-            torch.sub(tile, lse_q.unsqueeze(0), out=out).exp_().mul_(grad_q.unsqueeze(0))
+            torch.sub(for_cols(), lse_q.unsqueeze(0), out=out).exp_().mul_(grad_q.unsqueeze(0))
         if problem.compute_dtype == problem.accum_dtype:
             return out
         return workspace.tile(3, block.shape, problem.compute_dtype).copy_(out)
@@ -115,10 +121,12 @@ class Tiled(Backend):
                 if not (for_row or for_col):
                     continue
                 tile = _fused_logits(problem, block, v, toward, workspace)
+                at_rows, at_cols = (v, block.rows), (w, block.cols)
+                for_rows, for_cols = _terms(problem, tile, at_rows, at_cols, workspace)
                 if for_row:
-                    _update(rows.max[v, block.rows], rows.sum[v, block.rows], tile, 1, scratch)
+                    _update(rows.max[at_rows], rows.sum[at_rows], for_rows(), 1, scratch)
                 if for_col:
-                    _update(cols.max[w, block.cols], cols.sum[w, block.cols], tile, 0, scratch)
+                    _update(cols.max[at_cols], cols.sum[at_cols], for_cols(), 0, scratch)
 
     def fused_block_weights(
         self, problem: FusedProblem, block: Block, rows: Lines, cols: Lines, workspace: Workspace
@@ -178,6 +186,33 @@ def _finish_(x: Tensor, problem: Problem, block: Block, workspace: Workspace) ->
     same = workspace.tile(2, block.shape, torch.bool)
     torch.eq(problem.ids_rows[block.rows, None], problem.ids_cols[None, block.cols], out=same)
     return x.masked_fill_(same, value)
+
+
+def _terms(
+    problem: Problem, x: Tensor, rows: Any, cols: Any, workspace: Workspace
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """What makes of :func:`_finish_`'s logits those of the rows' anchors and of the columns': with
+    the candidates' log weights, and -inf above the anchors' limits. In one place; without either
+    they are ``x`` itself.
+
+    Args:
+        rows, cols: where in the problem's lines, which are [V, N] of score fusion.
+    """
+
+    def make(log_weights: Tensor | None, limits: Tensor | None) -> Tensor:
+        out = workspace.tile(10, x.shape, x.dtype)
+        out.copy_(x) if log_weights is None else torch.add(x, log_weights, out=out)
+        return out if limits is None else out.masked_fill_(x > limits, -torch.inf)
+
+    if not problem.one_sided:
+        return lambda: x, lambda: x
+    weights = problem.log_weights_rows, problem.log_weights_cols
+    limits = problem.limits_rows, problem.limits_cols
+    (weight_p, weight_q), (limit_p, limit_q) = (
+        (None if p is None else p[rows].unsqueeze(1), None if q is None else q[cols].unsqueeze(0))
+        for p, q in (weights, limits)
+    )
+    return lambda: make(weight_q, limit_p), lambda: make(weight_p, limit_q)
 
 
 def _update(
@@ -240,17 +275,21 @@ def _fused_pair_weights(
     out = workspace.tile(4, block.shape, problem.accum_dtype)
     out.zero_()
     (v, w), (rows, cols) = pair, lines
+    at_rows, at_cols = (v, block.rows), (w, block.cols)
+    for_rows, for_cols = _terms(problem, tile, at_rows, at_cols, workspace)
+    lse_p, grad_p = rows.lse[at_rows].unsqueeze(1), rows.grad[at_rows].unsqueeze(1)
+    lse_q, grad_q = cols.lse[at_cols].unsqueeze(0), cols.grad[at_cols].unsqueeze(0)
     sides = (
-        (problem.candidates[v][w], rows.lse[v, block.rows, None], rows.grad[v, block.rows, None]),
-        (problem.candidates[w][v], cols.lse[w, None, block.cols], cols.grad[w, None, block.cols]),
+        (problem.candidates[v][w], for_rows, lse_p, grad_p),
+        (problem.candidates[w][v], for_cols, lse_q, grad_q),
     )
-    for serves, lse, grad in sides:
+    for serves, terms, lse, grad in sides:
         if not serves:
             continue
         if bounded(problem):
             out.add_((problem.scale - lse).exp_().mul_(grad))
         else:
             part = workspace.tile(5, block.shape, problem.accum_dtype)
-            torch.sub(tile, lse, out=part).exp_()
+            torch.sub(terms(), lse, out=part).exp_()
             out.addcmul_(part, grad)
     return out.mul_(tile) if bounded(problem) else out

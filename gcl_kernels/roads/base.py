@@ -121,6 +121,16 @@ class Road(ABC):
             *(PerSample(of.contiguous(), of.dim() - 1) for of in of_samples),
         ]
 
+    def _add_lines(self, problem: Problem, data: SampleData, *sides: str) -> None:
+        """Give its ``"rows"`` or ``"cols"`` what they have of these samples beside ids."""
+        for side in sides:
+            for name in ("log_weights", "limits"):
+                setattr(problem, f"{name}_{side}", self._lines(getattr(data, name)))
+
+    @abstractmethod
+    def _lines(self, of_views: Tensor | None) -> Tensor | None:
+        """A table [V, N] as a problem has it, contiguous."""
+
     def rectangle(
         self, problem: Problem, meeting: Meeting, given: Sequence[Tensor]
     ) -> tuple[Problem, Plan]:

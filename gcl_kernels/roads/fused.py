@@ -54,13 +54,20 @@ class Fused(Road):
         z, k, spec = self.embedded.z, self.embedded.coefficients, self.spec
         ids = self.data.sample_ids
         given = (z, z, ids, ids, scale, known_scale(scale, spec.max_scale), spec.normalize)
-        return FusedProblem(*given, k, k, spec.bases, spec.candidates)
+        problem = FusedProblem(*given, k, k, spec.bases, spec.candidates)
+        self._add_lines(problem, self.data, "rows", "cols")
+        return problem
 
     def against(self, problem: Problem, given: Sequence[Tensor]) -> Problem:
         z, coefficients, *of_samples = given
-        ids = self.data.like(of_samples).sample_ids
-        cols = {"z_cols": z, "coefficients_cols": coefficients, "ids_cols": ids}
-        return replace(cast(FusedProblem, problem), **cols)
+        data = self.data.like(of_samples)
+        cols = {"z_cols": z, "coefficients_cols": coefficients, "ids_cols": data.sample_ids}
+        rectangle = replace(cast(FusedProblem, problem), **cols)
+        self._add_lines(rectangle, data, "cols")
+        return rectangle
+
+    def _lines(self, of_views: Tensor | None) -> Tensor | None:
+        return None if of_views is None else of_views.contiguous()
 
     def new_sums(self, z: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
         sums = torch.zeros_like(z, dtype=self.spec.accum_dtype)

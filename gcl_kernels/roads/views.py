@@ -45,12 +45,20 @@ class Views(Road):
     def problem(self, scale: Tensor) -> Problem:
         z, ids = self._of_rows(self.embedded.z, self.data)
         max_scale = known_scale(scale, self.spec.max_scale)
-        return Problem(z, z, ids, ids, scale, max_scale, self.spec.normalize)
+        problem = Problem(z, z, ids, ids, scale, max_scale, self.spec.normalize)
+        self._add_lines(problem, self.data, "rows", "cols")
+        return problem
 
     def against(self, problem: Problem, given: Sequence[Tensor]) -> Problem:
         z, *of_samples = given
-        z, ids = self._of_rows(z, self.data.like(of_samples))
-        return replace(problem, z_cols=z, ids_cols=ids)
+        data = self.data.like(of_samples)
+        z, ids = self._of_rows(z, data)
+        rectangle = replace(problem, z_cols=z, ids_cols=ids)
+        self._add_lines(rectangle, data, "cols")
+        return rectangle
+
+    def _lines(self, of_views: Tensor | None) -> Tensor | None:
+        return None if of_views is None else of_views.flatten()
 
     def new_sums(self, z: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
         start = torch.empty_like if once else torch.zeros_like
