@@ -184,6 +184,27 @@ def num_tiles(rows: int, cols: int, diagonal: bool, size: int) -> int:
     return row_tiles * (row_tiles + 1) // 2 if diagonal else row_tiles * col_tiles
 
 
+def wave_rows(chip: Chip, dim: int, most: int, tile_cols: int) -> int:
+    """Rows ``P`` of a block, about ``most`` at most, for which the product [P, P] x [P, dim] fills
+    whole waves of the chip's multiprocessors best; the largest of equally good ones.
+
+    Counted with tiles of 128 x ``tile_cols``, one a multiprocessor, as cuBLAS has them for half
+    types; where it chooses others, nothing is lost but a little of a block's size. AMD's library
+    has no such shape to count with: ``most``.
+    """
+    # A 32nd more than most, so that 66 row tiles, half of the 132 of an H100, are among them.
+    row_tiles = range(1, most * 33 // (32 * 128) + 1)
+    if chip.lanes != 32 or not row_tiles:
+        return most
+    cols = -(-dim // tile_cols)
+
+    def fill(row_tiles: int) -> float:
+        tiles = row_tiles * cols
+        return tiles / (-(-tiles // chip.multiprocessors) * chip.multiprocessors)
+
+    return 128 * max(row_tiles, key=lambda count: (fill(count), count))
+
+
 def pick_tile(
     chip: Chip,
     ieee_float32: bool,
