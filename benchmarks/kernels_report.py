@@ -143,7 +143,6 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     tile = variant.tile
     tile_k = tile.slice_elements(variant.dtype)
     constants = {
-        "UNIT_ROWS": True,
         "DIAGONAL": variant.diagonal,
         "SERVES_ROWS": True,
         "SERVES_COLS": True,

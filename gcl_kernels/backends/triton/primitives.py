@@ -21,6 +21,7 @@ rows' embeddings, of the columns'), ``side`` (start, lines, length, samples: som
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
 # of a block they would read 3 + 64.
 GROUP_ROWS = tl.constexpr(8)
 
-# |x| <= s <= 40: exp(x - s) >= e^-80 is a normal float32, and exp(s - lse) <= e^80 is finite.
-MAX_BOUNDED_SCALE = tl.constexpr(40.0)
+# How far logits may lie below what is subtracted from all of a tile: e^-80 is a normal float32.
+MAX_RANGE = tl.constexpr(80.0)
+SMALLEST_SUM = tl.constexpr(math.exp(-80.0))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -167,7 +169,8 @@ def tile_logits(
     z_rows, z_cols, scale, first_row, first_col, block, ids, dim,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``x`` [TILE, TILE] in float32 of the tile with this corner, counted from the block's."""
+    """``x`` [TILE, TILE] in float32 of the tile with this corner, counted from the block's; and the
+    smallest of it and of what is masked."""
     row_start, col_start, num_rows, num_cols = block
     rows = first_row + tl.arange(0, TILE)
     cols = first_col + tl.arange(0, TILE)
@@ -178,11 +181,12 @@ def tile_logits(
         z_rows, z_cols, global_rows, None, global_cols, dim, TILE_K, EVEN_K, PRECISION
     )
     x = product * scale
+    low = tl.min(x)
     if needs_mask(first_row, first_col, block, ids, TILE):
         row_ids, col_ids = tile_ids(rows, cols, block, ids)
         negative = is_negative(rows, cols, num_rows, num_cols, row_ids, col_ids)
         x = tl.where(negative, x, -float("inf"))
-    return x
+    return x, low
 
 
 @triton.jit
@@ -308,12 +312,6 @@ def combine(of_0, of_1, coefficients, BASE: tl.constexpr, AXIS: tl.constexpr):
     return combined
 
 
-@triton.jit
-def is_bounded(scale, UNIT_ROWS: tl.constexpr):
-    """Whether |x| <= s is known and so small that s may replace every maximum. False for NaN."""
-    return UNIT_ROWS & (scale >= 0) & (scale <= MAX_BOUNDED_SCALE)
-
-
 def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
     """Programs, tile, and the arguments that all kernels over the tiles of a block share."""
     z_rows = problem.z_rows
@@ -340,7 +338,6 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
         "id_offset": block.id_diagonals[0],
         "id_period": block.id_diagonals[1],
         "dim": dim,
-        "UNIT_ROWS": problem.unit_rows,
         "DIAGONAL": block.diagonal,
         "TILE": tile.size,
         "TILE_K": tile_k,

@@ -4,11 +4,15 @@ One program computes one tile ``x`` (see primitives) and reduces it along both a
 
     m_i = max_j x_ij                l_i = sum_j exp(x_ij - m_i)           (and the same over i)
 
-Where ``|x| <= s <= 40`` is proved, ``m = s`` for all rows and columns: one exponential, no maximum.
-Every tile writes its ``(m, l)`` to its own slot of a table; a second kernel folds the slots, in
-their order, into the running statistics. No atomics: every sum has one order.
+Where the tile's logits differ by at most 80, as nearly always, ``m`` is their maximum for all rows
+and columns: one exponential an entry. Every tile writes its ``(m, l)`` to its own slot of a table;
+a second kernel folds the slots, in their order, into the running statistics. No atomics: every sum
+has one order.
 
-    M' = max(M, max_t m_t)          L' = L exp(M - M') + sum_t l_t exp(m_t - M')
+    M' = max(M, max_t m_t + log l_t)          L' = L exp(M - M') + sum_t l_t exp(m_t - M')
+
+``m`` may lie 80 above all of a row's logits, and those of other tiles just below them still count:
+``m_t + log l_t`` does not.
 
 A diagonal block computes the tiles on and above its diagonal. Tile (a, b) fills slot ``b`` of the
 rows of ``a`` and, since x is symmetric, slot ``a`` of the rows of ``b``: each slot once.
@@ -28,8 +32,9 @@ from torch import Tensor
 
 from gcl_kernels.backends.triton.primitives import (
     FINITE_MIN,
+    MAX_RANGE,
+    SMALLEST_SUM,
     exponential,
-    is_bounded,
     launch,
     tile_logits,
     tile_of,
@@ -72,8 +77,7 @@ def write_slot(table, slot, num_slots, lines, length, maxima, sums):
 def stats_kernel(
     z_rows, z_cols, ids_rows, ids_cols, scale, row_table, col_table,
     row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
-    UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
-    SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
+    DIAGONAL: tl.constexpr, SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = row_start, col_start, num_rows, num_cols
@@ -81,14 +85,14 @@ def stats_kernel(
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
-    s = tl.load(scale)
-    x = tile_logits(
-        z_rows, z_cols, s, tile_row * TILE, tile_col * TILE, block, ids, dim,
+    x, low = tile_logits(
+        z_rows, z_cols, tl.load(scale), tile_row * TILE, tile_col * TILE, block, ids, dim,
         TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
-    if is_bounded(s, UNIT_ROWS):
-        e = exponential(x - s)
-        row_max = tl.zeros((TILE,), tl.float32) + s
+    top = tl.maximum(tl.max(x), FINITE_MIN)
+    if top - low <= MAX_RANGE:
+        e = exponential(x - top)
+        row_max = tl.zeros((TILE,), tl.float32) + top
         col_max = row_max
         row_sum = tl.sum(e, 1)
         col_sum = tl.sum(e, 0)
@@ -123,7 +127,9 @@ def fold_lines(
         filled = (slots < num_slots)[:, None] & inside[None, :]
         tile_m = tl.load(place, mask=filled, other=FINITE_MIN)
         tile_sum = tl.load(place + num_slots.to(tl.int64) * length, mask=filled, other=0.0)
-        new_m = tl.maximum(m, tl.max(tile_m, 0))
+        # Where all is masked, m is of other rows.
+        tile_m = tl.where(tile_sum == 0, FINITE_MIN, tile_m)
+        new_m = tl.maximum(m, tl.max(tile_m + tl.log(tl.maximum(tile_sum, SMALLEST_SUM)), 0))
         tile_sum *= exponential(tile_m - new_m[None, :])
         total = total * exponential(m - new_m) + tl.sum(tile_sum, 0)
         m = new_m
