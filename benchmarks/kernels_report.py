@@ -54,6 +54,7 @@ class Variant:
     dtype: torch.dtype
     diagonal: bool = True
     ids: bool = False
+    options: bool = False
     dim: int = 1024
 
     @property
@@ -63,7 +64,7 @@ class Variant:
 
     @property
     def warps(self) -> int:
-        return self.tile.warps_of(self.kernel)
+        return self.tile.warps if self.options else self.tile.warps_of(self.kernel)
 
     @property
     def products(self) -> str:
@@ -78,7 +79,7 @@ class Variant:
         return "tf32"
 
     def __str__(self) -> str:
-        flags = [flag for flag in ("diagonal", "ids") if getattr(self, flag)]
+        flags = [flag for flag in ("diagonal", "ids", "options") if getattr(self, flag)]
         products = self.products.replace(" ", "-")
         return "-".join([self.kernel, self.chip, self.row, products, str(self.dim), *flags])
 
@@ -114,7 +115,7 @@ def programs(variant: Variant, used: Resources) -> int:
 def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
     """Every kernel with every row of the table and every kind of product it serves; of the fused
     kernels, which take longest to compile, float32 only where it has a row of its own. Blocks off
-    the diagonal, and given ids, with the large tile in bfloat16."""
+    the diagonal, given ids, and log weights and limits with the large tile in bfloat16."""
     for chip in chips:
         for name, row in TILES:
             if name != chip:
@@ -127,6 +128,7 @@ def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
                     if row == "large" and dtype == torch.bfloat16:
                         yield Variant(kernel, chip, row, dtype, diagonal=False)
                         yield Variant(kernel, chip, row, dtype, ids=True)
+                        yield Variant(kernel, chip, row, dtype, options=True)
         for kernel in FOLDS:
             yield Variant(kernel, chip, "large", torch.float32)
         for kernel in SAMPLE_KERNELS:
@@ -143,6 +145,7 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     tile = variant.tile
     tile_k = tile.slice_elements(variant.dtype)
     constants = {
+        "ONE_SIDED": variant.options,
         "DIAGONAL": variant.diagonal,
         "SERVES_ROWS": True,
         "SERVES_COLS": True,
@@ -156,6 +159,9 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     }
     if not variant.ids:
         constants.update(ids_rows=None, ids_cols=None)
+    if not variant.options:
+        tables = ("log_weights_rows", "log_weights_cols", "limits_rows", "limits_cols")
+        constants.update(dict.fromkeys(tables))
     compute = "*" + TRITON_DTYPES[variant.dtype]
     types = {"z_rows": compute, "z_cols": compute, "out": compute}
     types.update(dict.fromkeys(("ids_rows", "ids_cols"), "*i64"))
@@ -328,6 +334,7 @@ def table(chosen: list[Variant], results: list[Resources]) -> Iterator[str]:
             warps = str(variant.warps)
             block = "diagonal" if variant.diagonal else "off diagonal"
             block += ", ids" if variant.ids else ""
+            block += ", options" if variant.options else ""
             fit = str(programs(variant, r))
         row = (
             variant.chip, variant.kernel, tile, warps, variant.products, block, r.registers,

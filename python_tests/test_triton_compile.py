@@ -86,6 +86,8 @@ def chosen() -> list[Variant]:
             kept.append(v)
         elif (v.row, v.dtype) == ("small", full) or is_compiled_elsewhere(v):
             continue  # half types take as many bytes
+        elif v.options:
+            kept += [v] if v.chip in ("sm_90", "gfx942") else []
         elif fused:
             ids = (v.kernel, v.row) == ("fused_weights", "large")
             if v.diagonal and v.ids == ids and not is_looser(v):
@@ -159,9 +161,9 @@ def test_how_many_large_programs_share_a_multiprocessor_of_sm_90(kernel, resourc
         if (variant.kernel, variant.chip, variant.row) == (kernel, "sm_90", "large")
         and variant.dtype != torch.float32
     ]
-    assert len(checked) == {"stats": 5, "weights": 5}.get(kernel, 1)
+    assert len(checked) == {"stats": 6, "weights": 6}.get(kernel, 2)
     for variant in checked:
-        one = kernel.startswith("fused") or (kernel == "weights" and variant.ids)
+        one = kernel.startswith("fused") or variant.options or (kernel == "weights" and variant.ids)
         assert programs(variant, resources[variant]) == (1 if one else 2), str(variant)
 
 

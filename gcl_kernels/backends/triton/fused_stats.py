@@ -33,6 +33,7 @@ from gcl_kernels.backends.triton.primitives import (
     half_columns,
     load_coefficients,
     masked,
+    terms,
     tile_of,
 )
 from gcl_kernels.backends.triton.stats import run_stats, write_slot
@@ -42,22 +43,72 @@ from gcl_kernels.problem import FusedProblem, RowStats, Workspace
 
 @triton.jit
 def view_maximum(
-    of_0, of_1, coefficients, s, mask, VIEW: tl.constexpr, AXIS: tl.constexpr,
+    of_0, of_1, coefficients, s, mask, options, anchors, candidates,
+    VIEW: tl.constexpr, AXIS: tl.constexpr,
     BASES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
-    """Finite largest logit of one view's embeddings along AXIS.
+    """Finite largest term of one view's embeddings along AXIS.
 
     Args:
         of_0, of_1: their products with the two bases of the other side.
         coefficients: of the other side's views.
+        options, anchors, candidates: as ``terms`` takes them.
     """
     top = tl.full(of_0.shape, FINITE_MIN, tl.float32)
     for other in tl.static_range(len(BASES)):
         if CANDIDATES[VIEW][other]:
             x = masked(s * combine(of_0, of_1, coefficients[other], BASES[other], AXIS), mask)
+            x = terms(x, options, anchors, candidates, VIEW, other, 1 - AXIS)
             top = tl.maximum(top, x)
     # tl.max here is what Triton 3.6 cannot translate for AMD.
     return -tl.min(-top, AXIS)
+
+
+@triton.jit
+def view_stats(
+    of_0, of_1, coefficients, s, mask, options, anchors, candidates,
+    VIEW: tl.constexpr, AXIS: tl.constexpr, BASES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """Finite largest term of one view's embeddings along AXIS, and the sum; see view_maximum."""
+    top = view_maximum(
+        of_0, of_1, coefficients, s, mask, options, anchors, candidates,
+        VIEW, AXIS, BASES, CANDIDATES,
+    )  # fmt: skip
+    total = tl.zeros(of_0.shape, tl.float32)
+    for other in tl.static_range(len(BASES)):
+        if CANDIDATES[VIEW][other]:
+            x = masked(s * combine(of_0, of_1, coefficients[other], BASES[other], AXIS), mask)
+            x = terms(x, options, anchors, candidates, VIEW, other, 1 - AXIS)
+            total += exponential(x - tl.expand_dims(top, AXIS))
+    return top, tl.sum(total, AXIS)
+
+
+@triton.jit
+def half_term_stats(
+    y, of_rows, of_cols, row_stats, s, mask, for_rows, for_cols, row_side, col_side,
+    BASES: tl.constexpr, CANDIDATES: tl.constexpr,
+):  # fmt: skip
+    """As half_stats, of terms that differ for rows and columns: one view at a time, since no
+    exponential serves both."""
+    col_stats = ()
+    for w in tl.static_range(len(BASES)):
+        col_stats = col_stats + view_stats(
+            combine(y[0], y[1], of_cols[w], BASES[w], 1),
+            combine(y[2], y[3], of_cols[w], BASES[w], 1),
+            of_rows, s, mask, for_cols, col_side, row_side, w, 0, BASES, CANDIDATES,
+        )  # fmt: skip
+    new_row_stats = ()
+    for v in tl.static_range(len(BASES)):
+        top, total = view_stats(
+            combine(y[0], y[2], of_rows[v], BASES[v], 0),
+            combine(y[1], y[3], of_rows[v], BASES[v], 0),
+            of_cols, s, mask, for_rows, row_side, col_side, v, 1, BASES, CANDIDATES,
+        )  # fmt: skip
+        m = tl.maximum(row_stats[2 * v], top)
+        total *= exponential(top - m)
+        total += row_stats[2 * v + 1] * exponential(row_stats[2 * v] - m)
+        new_row_stats = new_row_stats + (m, total)
+    return new_row_stats, col_stats
 
 
 @triton.jit
@@ -108,7 +159,7 @@ def half_stats(
             shift = view_maximum(
                 combine(y[0], y[1], of_cols[w], BASES[w], 1),
                 combine(y[2], y[3], of_cols[w], BASES[w], 1),
-                of_rows, s, mask, w, 0, BASES, CANDIDATES,
+                of_rows, s, mask, (None, None), None, None, w, 0, BASES, CANDIDATES,
             )  # fmt: skip
         col_shifts = col_shifts + (shift,)
         col_sums = col_sums + (tl.zeros(y[0].shape, tl.float32),)
@@ -119,7 +170,9 @@ def half_stats(
         m, total = row_stats[2 * v], row_stats[2 * v + 1]
         shift = tl.zeros_like(m) + top
         if not NEAR:
-            shift = view_maximum(of_0, of_1, of_cols, s, mask, v, 1, BASES, CANDIDATES)
+            shift = view_maximum(
+                of_0, of_1, of_cols, s, mask, (None, None), None, None, v, 1, BASES, CANDIDATES
+            )
             shift = tl.maximum(m, shift)
             total *= exponential(m - shift)
         row_sum = tl.zeros(y[0].shape, tl.float32)
@@ -148,8 +201,8 @@ def half_stats(
 @triton.jit
 def tile_stats(
     products, row_side, of_rows, coefficients_cols, tables, tiles, s, top, needs, block,
-    samples, ids, NEAR: tl.constexpr, BASES: tl.constexpr, CANDIDATES: tl.constexpr,
-    DIAGONAL: tl.constexpr, TILE: tl.constexpr,
+    samples, ids, for_rows, for_cols, NEAR: tl.constexpr, BASES: tl.constexpr,
+    CANDIDATES: tl.constexpr, ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the statistics of a tile. Two pieces of code, for NEAR and not, in which nothing
     branches, are shorter than one."""
@@ -165,9 +218,15 @@ def tile_stats(
         col_side, of_cols, mask = half_columns(
             half, rows, needs, coefficients_cols, tile_col, block, samples, ids, BASES, TILE
         )
-        row_stats, col_stats = half_stats(
-            products[half], of_rows, of_cols, row_stats, s, top, mask, NEAR, BASES, CANDIDATES
-        )
+        if ONE_SIDED:
+            row_stats, col_stats = half_term_stats(
+                products[half], of_rows, of_cols, row_stats, s, mask, for_rows, for_cols,
+                row_side, col_side, BASES, CANDIDATES,
+            )  # fmt: skip
+        else:
+            row_stats, col_stats = half_stats(
+                products[half], of_rows, of_cols, row_stats, s, top, mask, NEAR, BASES, CANDIDATES
+            )
         if not DIAGONAL or tile_row != tile_col:
             for w in tl.static_range(len(BASES)):
                 write_slot(
@@ -185,9 +244,9 @@ def tile_stats(
                                "id_period", "row_samples", "col_samples"])  # fmt: skip
 def fused_stats_kernel(
     z_rows, z_cols, coefficients_rows, coefficients_cols, ids_rows, ids_cols, scale,
-    row_table, col_table,
+    row_table, col_table, log_weights_rows, log_weights_cols, limits_rows, limits_cols,
     row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
-    BASES: tl.constexpr, CANDIDATES: tl.constexpr, DIAGONAL: tl.constexpr,
+    BASES: tl.constexpr, CANDIDATES: tl.constexpr, ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, samples = (row_start, col_start, num_rows, num_cols), (row_samples, col_samples)
@@ -202,18 +261,29 @@ def fused_stats_kernel(
     )  # fmt: skip
     tables = row_table, col_table
     tiles = tile_row, num_row_tiles, tile_col, num_col_tiles
-    low, top = tile_bounds(products, of_rows, coefficients_cols, s, tile_col, block, samples,
-                           BASES, TILE)  # fmt: skip
-    if top - low <= MAX_RANGE:
+    for_rows = limits_rows, log_weights_cols
+    for_cols = limits_cols, log_weights_rows
+    if ONE_SIDED:
         tile_stats(
-            products, row_side, of_rows, coefficients_cols, tables, tiles, s, top, needs, block,
-            samples, ids, True, BASES, CANDIDATES, DIAGONAL, TILE,
+            products, row_side, of_rows, coefficients_cols, tables, tiles, s, 0.0, needs, block,
+            samples, ids, for_rows, for_cols, False, BASES, CANDIDATES, ONE_SIDED,
+            DIAGONAL, TILE,
         )  # fmt: skip
     else:
-        tile_stats(
-            products, row_side, of_rows, coefficients_cols, tables, tiles, s, top, needs, block,
-            samples, ids, False, BASES, CANDIDATES, DIAGONAL, TILE,
-        )  # fmt: skip
+        low, top = tile_bounds(products, of_rows, coefficients_cols, s, tile_col, block, samples,
+                               BASES, TILE)  # fmt: skip
+        if top - low <= MAX_RANGE:
+            tile_stats(
+                products, row_side, of_rows, coefficients_cols, tables, tiles, s, top, needs, block,
+                samples, ids, for_rows, for_cols, True, BASES, CANDIDATES, ONE_SIDED,
+                DIAGONAL, TILE,
+            )  # fmt: skip
+        else:
+            tile_stats(
+                products, row_side, of_rows, coefficients_cols, tables, tiles, s, top, needs, block,
+                samples, ids, for_rows, for_cols, False, BASES, CANDIDATES, ONE_SIDED,
+                DIAGONAL, TILE,
+            )  # fmt: skip
 
 
 def fused_block_stats(

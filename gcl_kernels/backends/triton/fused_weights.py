@@ -38,11 +38,13 @@ from gcl_kernels.backends.triton.primitives import (
     fused_tile,
     half_columns,
     launch,
+    load_lines,
     masked,
+    terms,
     tile_of,
 )
 from gcl_kernels.backends.triton.stats import FOLD_NUMBERS, fold, new_tables
-from gcl_kernels.backends.triton.weights import load_lines, store_tile, weights_of
+from gcl_kernels.backends.triton.weights import store_tile, weights_of
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import FusedProblem, Lines, Workspace
 
@@ -50,9 +52,7 @@ from gcl_kernels.problem import FusedProblem, Lines, Workspace
 @triton.jit
 def load_view(lse, grad, side, VIEW: tl.constexpr):
     """lse and g of one view's embeddings."""
-    start, lines, length, samples = side
-    at = start + VIEW * samples.to(tl.int64)
-    return load_lines(lse, at, lines, length), load_lines(grad, at, lines, length)
+    return load_lines(lse, side, VIEW), load_lines(grad, side, VIEW)
 
 
 @triton.jit
@@ -66,6 +66,7 @@ def write_inner(table, line, slot, num_slots, side, values):
 @triton.jit
 def column_view(
     t_0, t_1, g_0, g_1, of_rows, row_terms, col_terms, row_inner, s, mask,
+    for_rows, for_cols, row_side, col_side,
     VIEW: tl.constexpr, BASES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """All pairs of the rows' views with one view of the columns, ``t_b = <z_b^j, z_w^k>``.
@@ -83,7 +84,11 @@ def column_view(
             t = combine(t_0, t_1, of_rows[v], BASES[v], 0)
             x = masked(s * t, mask)
             lse_p, g_p = row_terms[v]
-            h = weights_of(x, lse_p, lse_q, g_p, g_q, CANDIDATES[v][VIEW], CANDIDATES[VIEW][v])
+            h = weights_of(
+                terms(x, for_rows, row_side, col_side, v, VIEW, 0),
+                terms(x, for_cols, col_side, row_side, VIEW, v, 1),
+                lse_p, lse_q, g_p, g_q, CANDIDATES[v][VIEW], CANDIDATES[VIEW][v],
+            )  # fmt: skip
             ht += h * t
             if BASES[v] is None:
                 inner_0 += tl.sum(h * t_0, 1)
@@ -104,9 +109,10 @@ def column_view(
                                "row_samples", "col_samples"])  # fmt: skip
 def fused_weights_kernel(
     z_rows, z_cols, coefficients_rows, coefficients_cols, ids_rows, ids_cols, scale,
-    lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table, pitch,
+    lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table,
+    log_weights_rows, log_weights_cols, limits_rows, limits_cols, pitch,
     row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
-    BASES: tl.constexpr, CANDIDATES: tl.constexpr, DIAGONAL: tl.constexpr,
+    BASES: tl.constexpr, CANDIDATES: tl.constexpr, ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, samples = (row_start, col_start, num_rows, num_cols), (row_samples, col_samples)
@@ -119,6 +125,8 @@ def fused_weights_kernel(
         z_rows, z_cols, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
         BASES, TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
+    for_rows = limits_rows, log_weights_cols
+    for_cols = limits_cols, log_weights_rows
     rows, mirrored = row_side[1], False
     if DIAGONAL:
         mirrored = tile_row != tile_col
@@ -143,8 +151,8 @@ def fused_weights_kernel(
                 g_0, g_1, _, row_inner = column_view(
                     combine(y_00, y_01, of_cols[w], None, 1),
                     combine(y_10, y_11, of_cols[w], None, 1),
-                    zeros, zeros, of_rows, row_terms, col_terms, row_inner, s, mask, w,
-                    BASES, CANDIDATES,
+                    zeros, zeros, of_rows, row_terms, col_terms, row_inner, s, mask,
+                    for_rows, for_cols, row_side, col_side, w, BASES, CANDIDATES,
                 )  # fmt: skip
                 f_00 += of_cols[w][0][None, :] * g_0
                 f_01 += of_cols[w][1][None, :] * g_0
@@ -164,7 +172,8 @@ def fused_weights_kernel(
                     col_terms = load_view(lse_cols, grad_cols, col_side, w)
                     f_0, f_1, ht, row_inner = column_view(
                         towards[c][0], towards[c][1], f_0, f_1, of_rows, row_terms,
-                        col_terms, row_inner, s, mask, w, BASES, CANDIDATES,
+                        col_terms, row_inner, s, mask, for_rows, for_cols, row_side, col_side, w,
+                        BASES, CANDIDATES,
                     )  # fmt: skip
                     col_c = tl.sum(ht, 0)
                     if not DIAGONAL or mirrored:

@@ -13,7 +13,8 @@ diagonal crosses, and that lies inside the block, is not masked at all.
 
 Tuples that go together: ``block`` (row_start, col_start, num_rows, num_cols), ``ids`` (ids_rows,
 ids_cols, id_offset, id_period; the first two None under the default ids), ``samples`` (of the
-rows' embeddings, of the columns'), ``side`` (start, lines, length, samples: some rows or columns).
+rows' embeddings, of the columns'), ``side`` (start, lines, length, samples: some rows or columns),
+``options`` (limits of anchors, log weights of candidates, each None where there are none).
 """
 
 # Device code builds its tuples one entry at a time.
@@ -242,6 +243,37 @@ def masked(x, mask):
 
 
 @triton.jit
+def load_lines(values, side, VIEW: tl.constexpr):
+    """What a table [views, samples] has of some rows or columns of one view, zero outside."""
+    start, lines, length, samples = side
+    place = values + start + lines
+    if VIEW > 0:
+        place += VIEW * samples.to(tl.int64)
+    return tl.load(place, mask=lines < length, other=0.0)
+
+
+@triton.jit
+def terms(
+    x, options, anchors, candidates,
+    ANCHOR: tl.constexpr, CANDIDATE: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Logits as terms of the anchors along AXIS: with their candidates' log weights, -inf above
+    their limits.
+
+    Args:
+        anchors, candidates: a ``side`` each; ANCHOR, CANDIDATE: their views.
+    """
+    limits, log_weights = options
+    within = x
+    if log_weights is not None:
+        x += tl.expand_dims(load_lines(log_weights, candidates, CANDIDATE), AXIS)
+    if limits is not None:
+        limit = tl.expand_dims(load_lines(limits, anchors, ANCHOR), 1 - AXIS)
+        x = tl.where(within > limit, -float("inf"), x)
+    return x
+
+
+@triton.jit
 def load_coefficients(coefficients, side, BASES: tl.constexpr):
     """For each view its two coefficients [lines]; zeros, unread, for a view that is a base."""
     start, lines, length, samples = side
@@ -338,6 +370,11 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
         "id_offset": block.id_diagonals[0],
         "id_period": block.id_diagonals[1],
         "dim": dim,
+        "log_weights_rows": problem.log_weights_rows,
+        "log_weights_cols": problem.log_weights_cols,
+        "limits_rows": problem.limits_rows,
+        "limits_cols": problem.limits_cols,
+        "ONE_SIDED": problem.one_sided,
         "DIAGONAL": block.diagonal,
         "TILE": tile.size,
         "TILE_K": tile_k,

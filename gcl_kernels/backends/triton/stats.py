@@ -11,6 +11,9 @@ has one order.
 
     M' = max(M, max_t m_t + log l_t)          L' = L exp(M - M') + sum_t l_t exp(m_t - M')
 
+Where there are log weights or limits, rows are reduced of other terms than columns, with a maximum
+and an exponential each.
+
 ``m`` may lie 80 above all of a row's logits, and those of other tiles just below them still count:
 ``m_t + log l_t`` does not.
 
@@ -36,6 +39,7 @@ from gcl_kernels.backends.triton.primitives import (
     SMALLEST_SUM,
     exponential,
     launch,
+    terms,
     tile_logits,
     tile_of,
 )
@@ -76,8 +80,10 @@ def write_slot(table, slot, num_slots, lines, length, maxima, sums):
                                "id_period"])  # fmt: skip
 def stats_kernel(
     z_rows, z_cols, ids_rows, ids_cols, scale, row_table, col_table,
+    log_weights_rows, log_weights_cols, limits_rows, limits_cols,
     row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
-    DIAGONAL: tl.constexpr, SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
+    ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
+    SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = row_start, col_start, num_rows, num_cols
@@ -89,25 +95,35 @@ def stats_kernel(
         z_rows, z_cols, tl.load(scale), tile_row * TILE, tile_col * TILE, block, ids, dim,
         TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
-    top = tl.maximum(tl.max(x), FINITE_MIN)
-    if top - low <= MAX_RANGE:
-        e = exponential(x - top)
-        row_max = tl.zeros((TILE,), tl.float32) + top
-        col_max = row_max
-        row_sum = tl.sum(e, 1)
-        col_sum = tl.sum(e, 0)
+    rows = tile_row * TILE + tl.arange(0, TILE)
+    cols = tile_col * TILE + tl.arange(0, TILE)
+    if ONE_SIDED:
+        of_rows = row_start, rows, num_rows, num_rows
+        of_cols = col_start, cols, num_cols, num_cols
+        x_p = terms(x, (limits_rows, log_weights_cols), of_rows, of_cols, 0, 0, 0)
+        row_max = finite_max(x_p, 1)
+        row_sum = tl.sum(exponential(x_p - row_max[:, None]), 1)
+        x_q = terms(x, (limits_cols, log_weights_rows), of_cols, of_rows, 0, 0, 1)
+        col_max = finite_max(x_q, 0)
+        col_sum = tl.sum(exponential(x_q - col_max[None, :]), 0)
     else:
-        # Both maxima before both sums take 50 registers fewer with Triton 3.6, on sm_90.
-        row_max = finite_max(x, 1)
-        col_max = finite_max(x, 0)
-        row_sum = tl.sum(exponential(x - row_max[:, None]), 1)
-        col_sum = tl.sum(exponential(x - col_max[None, :]), 0)
+        top = tl.maximum(tl.max(x), FINITE_MIN)
+        if top - low <= MAX_RANGE:
+            e = exponential(x - top)
+            row_max = tl.zeros((TILE,), tl.float32) + top
+            col_max = row_max
+            row_sum = tl.sum(e, 1)
+            col_sum = tl.sum(e, 0)
+        else:
+            # Both maxima before both sums take 50 registers fewer with Triton 3.6, on sm_90.
+            row_max = finite_max(x, 1)
+            col_max = finite_max(x, 0)
+            row_sum = tl.sum(exponential(x - row_max[:, None]), 1)
+            col_sum = tl.sum(exponential(x - col_max[None, :]), 0)
     if SERVES_ROWS:
-        rows = tile_row * TILE + tl.arange(0, TILE)
         write_slot(row_table, tile_col, num_col_tiles, rows, num_rows, row_max, row_sum)
     if SERVES_COLS:
         if not DIAGONAL or tile_row != tile_col:
-            cols = tile_col * TILE + tl.arange(0, TILE)
             write_slot(col_table, tile_row, num_row_tiles, cols, num_cols, col_max, col_sum)
 
 
@@ -194,7 +210,7 @@ def run_stats(
 ) -> None:
     """Two launches: every tile's statistics to the tables, the tables into the running ones."""
     programs, tile, arguments = launch(problem, block)
-    arguments["num_warps"] = tile.warps_of("stats")
+    arguments["num_warps"] = tile.warps if problem.one_sided else tile.warps_of("stats")
     tables = new_tables(problem.scale, block, tile, num_views, 2)
     with torch.cuda.device_of(problem.z_rows):
         kernel[(programs,)](row_table=tables[0], col_table=tables[1], **arguments)
