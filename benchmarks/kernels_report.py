@@ -54,12 +54,17 @@ class Variant:
     dtype: torch.dtype
     diagonal: bool = True
     ids: bool = False
+    options: bool = False
     dim: int = 1024
 
     @property
     def tile(self) -> Tile:
         table = FUSED_TILES if self.kernel.startswith("fused") else TILES
         return table[self.chip, self.row]
+
+    @property
+    def warps(self) -> int:
+        return self.tile.warps if self.options else self.tile.warps_of(self.kernel)
 
     @property
     def products(self) -> str:
@@ -74,7 +79,7 @@ class Variant:
         return "tf32"
 
     def __str__(self) -> str:
-        flags = [flag for flag in ("diagonal", "ids") if getattr(self, flag)]
+        flags = [flag for flag in ("diagonal", "ids", "options") if getattr(self, flag)]
         products = self.products.replace(" ", "-")
         return "-".join([self.kernel, self.chip, self.row, products, str(self.dim), *flags])
 
@@ -96,7 +101,7 @@ class Resources:
 def programs(variant: Variant, used: Resources) -> int:
     """How many programs over tiles run on a multiprocessor at a time: what fits its registers and
     its shared memory. (They are too large for other limits to count.)"""
-    chip, warps = CHIPS[variant.chip], variant.tile.warps
+    chip, warps = CHIPS[variant.chip], variant.warps
     registers = -(-used.registers // 8) * 8
     if variant.chip.startswith("gfx"):
         # Four SIMDs, each with 512 registers a lane and at most 8 wavefronts.
@@ -110,7 +115,7 @@ def programs(variant: Variant, used: Resources) -> int:
 def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
     """Every kernel with every row of the table and every kind of product it serves; of the fused
     kernels, which take longest to compile, float32 only where it has a row of its own. Blocks off
-    the diagonal, and given ids, with the large tile in bfloat16."""
+    the diagonal, given ids, and log weights and limits with the large tile in bfloat16."""
     for chip in chips:
         for name, row in TILES:
             if name != chip:
@@ -123,6 +128,7 @@ def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
                     if row == "large" and dtype == torch.bfloat16:
                         yield Variant(kernel, chip, row, dtype, diagonal=False)
                         yield Variant(kernel, chip, row, dtype, ids=True)
+                        yield Variant(kernel, chip, row, dtype, options=True)
         for kernel in FOLDS:
             yield Variant(kernel, chip, "large", torch.float32)
         for kernel in SAMPLE_KERNELS:
@@ -139,7 +145,7 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     tile = variant.tile
     tile_k = tile.slice_elements(variant.dtype)
     constants = {
-        "UNIT_ROWS": True,
+        "ONE_SIDED": variant.options,
         "DIAGONAL": variant.diagonal,
         "SERVES_ROWS": True,
         "SERVES_COLS": True,
@@ -153,6 +159,9 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     }
     if not variant.ids:
         constants.update(ids_rows=None, ids_cols=None)
+    if not variant.options:
+        tables = ("log_weights_rows", "log_weights_cols", "limits_rows", "limits_cols")
+        constants.update(dict.fromkeys(tables))
     compute = "*" + TRITON_DTYPES[variant.dtype]
     types = {"z_rows": compute, "z_cols": compute, "out": compute}
     types.update(dict.fromkeys(("ids_rows", "ids_cols"), "*i64"))
@@ -299,7 +308,7 @@ def inspect(variant: Variant) -> Resources:
     if variant.kernel in SAMPLE_KERNELS:
         options = {"num_warps": embeddings.WARPS}
     if variant.kernel in TILE_KERNELS:
-        options = {"num_warps": variant.tile.warps, "num_stages": variant.tile.stages}
+        options = {"num_warps": variant.warps, "num_stages": variant.tile.stages}
     source = ASTSource(kernel, *_signature(variant, kernel))
     compiled = triton.compile(source, target=target, options=options)
     return _amd(compiled) if amd else _nvidia(compiled)
@@ -324,9 +333,10 @@ def table(chosen: list[Variant], results: list[Resources]) -> Iterator[str]:
         tile, warps, block, fit = "-", "-", "any", "-"
         if variant.kernel in TILE_KERNELS:
             tile = f"{variant.tile.size} x {variant.tile.size}"
-            warps = str(variant.tile.warps)
+            warps = str(variant.warps)
             block = "diagonal" if variant.diagonal else "off diagonal"
             block += ", ids" if variant.ids else ""
+            block += ", options" if variant.options else ""
             fit = str(programs(variant, r))
         row = (
             variant.chip, variant.kernel, tile, warps, variant.products, block, r.registers,

@@ -62,7 +62,7 @@ def forward(
     embedded, own_logits = BACKENDS[spec.backend].embed(bases, mixing, scale, spec)
     of_samples, extra = split_data(data)
     road = make_road(spec, needs_grad, embedded, of_samples)
-    problem, plan = road.problem(scale), road.plan()
+    problem, plan = road.problem(scale), road.plan(stats=True)
     kept, agreement, others = road.empty_kept(scale), empty_agreement(scale), None
     if spec.group:
         agreement = agree(spec, problem, road.data, needs_grad)
@@ -83,7 +83,8 @@ def _with_others(road: Road, others: Exchange, problem: Problem, neg_lse: Tensor
 
     def meet(meeting: Meeting, given: list[Tensor]) -> list[PerSample]:
         nonlocal neg_lse
-        of_rows, of_cols = road.statistics(*road.rectangle(problem, meeting, given), None)
+        rectangle, plan = road.rectangle(problem, meeting, given, stats=True)
+        of_rows, of_cols = road.statistics(rectangle, plan, None)
         neg_lse = torch.logaddexp(neg_lse, of_rows.view(neg_lse.shape))
         return [PerSample(of_cols.view(len(neg_lse), -1), 1)]
 

@@ -112,6 +112,8 @@ CASES = {
     "one-sided candidates": Case(41, 40, 20.0, candidates=ONE_SIDED),
     "one-sided, no bound": Case(41, 40, 60.0, candidates=CYCLE, block_rows=32, ids=True),
     "not normalised": Case(40, 20, 3.0, unit_rows=False, block_rows=64),
+    "some tiles of a wide range": Case(110, 24, 75.0),
+    "a wide range": Case(45, 16, 3000.0, ids=True),
     "weights": Case(50, 33, 20.0, options=("log_weights",), block_rows=80),
     "limits": Case(50, 33, 20.0, options=("limits",), ids=True),
     "weights and limits": Case(
@@ -149,6 +151,7 @@ FUSED_CASES = {
     ),
     "no view is a base": Case(33, 24, 25.0, bases=(None,) * 2, candidates=((True,) * 2,) * 2),
     "not normalised": Case(40, 20, 3.0, unit_rows=False, block_rows=32, signs=True),
+    "a wide range": Case(45, 16, 3000.0),
     "weights": Case(70, 32, 20.0, options=("log_weights",), block_rows=48),
     "limits": Case(70, 32, 20.0, options=("limits",), ids=True, signs=True),
     "weights and limits": Case(

@@ -39,6 +39,8 @@ from interpreter import run_file, starts
 from torch import Tensor
 
 import gcl_kernels
+from gcl_kernels.blocks import Samples, plan_rectangle
+from gcl_kernels.problem import Problem, Workspace, empty_stats
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -126,6 +128,23 @@ def test_not_a_number_reaches_every_row_that_meets_it(kernels, scale, bad, dtype
         assert torch.equal(h[7].isnan().cpu(), meets & (torch.arange(120) != 7))
     else:
         assert lse[7].isnan(), "inf - inf"
+
+
+def test_logits_far_below_others_of_their_tile(kernels):
+    """Whose rows' sums are all of numbers that one exponential of the tile makes tiny."""
+    levels = torch.tensor([0.0, 79.0]).repeat(50), torch.tensor([0.0, -3.0, -9.0]).repeat(80)
+    ones = [torch.ones_like(level) for level in levels]
+    z = torch.stack([levels[0], ones[0]], 1), torch.stack([ones[1], levels[1].sort()[0]], 1)
+    z_rows, z_cols = (side.to(kernels.device) for side in z)
+    scale = torch.ones((), device=kernels.device)
+    problem = Problem(z_rows, z_cols, None, None, scale, None, False)
+    stats = [empty_stats(problem, side) for side in (z_rows, z_cols)]
+    plan = plan_rectangle(Samples(0, 100, 100), Samples(0, 240, 240), ((True,),), 64)
+    for block in plan:
+        kernels.backend.block_stats(problem, block, *stats, Workspace(z_rows.device, plan))
+    x = z_rows.double() @ z_cols.double().T
+    for of_side, axis in zip(stats, (1, 0), strict=True):
+        assert error(of_side.sum.log() + of_side.max, x.logsumexp(axis)) < 1e-6
 
 
 @of_fusing
@@ -251,7 +270,12 @@ LOSSES: dict[str, tuple[int, int, float, dict]] = {
 def patch_block_rows(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, name: str, rows: int):
     if kernels.device == "cpu" and rows > 1000:
         pytest.skip("one block, as in the contract; slow machines stand in for GPUs")
-    monkeypatch.setattr(sys.modules[type(kernels.backend).__module__], name, rows)
+    module = sys.modules[type(kernels.backend).__module__]
+    monkeypatch.setattr(module, name, rows)
+    # Blocks without weights have their own size where they may.
+    of_stats = name.replace("BLOCK_ROWS", "STATS_BLOCK_ROWS")
+    if hasattr(module, of_stats):
+        monkeypatch.setattr(module, of_stats, rows + 32)
 
 
 def on_device(options: dict, device: str) -> dict:

@@ -61,6 +61,7 @@ def test_every_row_of_the_table_fits_its_chip(key):
     chip, tile = tiles.CHIPS[key[0]], tiles.TILES[key]
     assert tile.shared_bytes(chip) <= chip.shared_bytes
     assert tile.size**2 / (chip.lanes * tile.warps) <= 64, "logits of a thread, in registers"
+    assert tile.size**2 / (chip.lanes * tile.warps_of("stats")) <= 128
     for dtype in (torch.bfloat16, torch.float32):
         assert tile.slice_elements(dtype) >= 16, "the smallest slice that tl.dot multiplies"
     assert tile.size // 4 >= 16, "weights are computed a quarter of the columns at a time"
@@ -108,6 +109,28 @@ def test_tile_choice():
     assert tiles.pick_tile(amd, True, 512, 8192, 8192, False) is tiles.TILES["gfx942", "large"]
     assert tiles.num_tiles(129, 128, False, 128) == 2
     assert tiles.num_tiles(257, 257, True, 128) == 6
+
+
+@pytest.mark.parametrize(
+    ("dim", "rows", "fused_rows"),
+    [(512, 8448, 4224), (768, 5632, 2816), (1024, 8448, 4224), (1280, 6656, 3328)],
+)
+def test_blocks_with_weights_fill_whole_waves(dim, rows, fused_rows):
+    chip = tiles.CHIPS["sm_90"]
+    assert tiles.wave_rows(chip, dim, triton_backend.BLOCK_ROWS, 256) == rows
+    assert tiles.wave_rows(chip, dim, triton_backend.FUSED_BLOCK_ROWS, 128) == fused_rows
+    waves = rows / 128 * -(-dim // 256) / chip.multiprocessors
+    assert -(-waves // 1) - waves < 0.04
+    assert tiles.wave_rows(chip, dim, 64, 256) == 64, "no tile"
+    assert tiles.wave_rows(tiles.CHIPS["gfx942"], dim, 8192, 256) == 8192
+
+
+def test_blocks_of_statistics_are_larger():
+    z = torch.empty(3, 20_000, 768, dtype=torch.bfloat16, device="meta")
+    backend = triton_backend.Triton()
+    backend.why_not = lambda *arguments: None
+    assert backend.stats_block_rows(z) == 4 * backend.block_rows(z)
+    assert backend.fused_stats_block_rows(z, 3) == 3 * backend.fused_block_rows(z, 3)
 
 
 @pytest.mark.parametrize("leading", [(), (2, 2)])

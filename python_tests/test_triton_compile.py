@@ -86,12 +86,14 @@ def chosen() -> list[Variant]:
             kept.append(v)
         elif (v.row, v.dtype) == ("small", full) or is_compiled_elsewhere(v):
             continue  # half types take as many bytes
+        elif v.options:
+            kept += [v] if v.chip in ("sm_90", "gfx942") else []
         elif fused:
             ids = (v.kernel, v.row) == ("fused_weights", "large")
             if v.diagonal and v.ids == ids and not is_looser(v):
                 kept.append(v)
-        elif v.ids:
-            continue  # below, of a dimension that ends within a slice
+        elif v.ids and v.chip != "sm_90":
+            continue
         elif (
             v.chip == "sm_90"
             or (v.diagonal and (v.dtype == half or v.row == "fma"))
@@ -150,15 +152,19 @@ def test_resources(variant, resources):
 
 
 @pytest.mark.skipif(triton_version() < (3, 8), reason="Triton 3.6 takes up to 208 registers here")
-def test_two_large_programs_share_a_multiprocessor_of_sm_90_off_the_diagonal(resources):
+@pytest.mark.parametrize("kernel", TILE_KERNELS)
+def test_how_many_large_programs_share_a_multiprocessor_of_sm_90(kernel, resources):
+    """Of half types: one can multiply while the other exponentiates."""
     checked = [
-        programs(variant, used)
-        for variant, used in resources.items()
-        if (variant.chip, variant.row, variant.diagonal) == ("sm_90", "large", False)
-        and not variant.kernel.startswith("fused")
+        variant
+        for variant in CHOSEN
+        if (variant.kernel, variant.chip, variant.row) == (kernel, "sm_90", "large")
+        and variant.dtype != torch.float32
     ]
-    assert len(checked) == 4, "stats and weights in bfloat16 and float16"
-    assert checked == 4 * [2]
+    assert len(checked) == {"stats": 6, "weights": 6}.get(kernel, 2)
+    for variant in checked:
+        one = kernel.startswith("fused") or variant.options or (kernel == "weights" and variant.ids)
+        assert programs(variant, resources[variant]) == (1 if one else 2), str(variant)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +184,7 @@ def test_two_large_programs_share_a_multiprocessor_of_sm_90_off_the_diagonal(res
 )
 def test_programs_of_a_multiprocessor(chip, row, registers, kib, expected):
     used = Resources(registers, 0, kib * KIB, 0, 0, 0, 0, 0)
-    assert programs(Variant("stats", chip, row, torch.bfloat16), used) == expected
+    assert programs(Variant("weights", chip, row, torch.bfloat16), used) == expected
 
 
 def test_the_report_has_a_row_for_each_and_says_what_was_compiled_with_what(resources):

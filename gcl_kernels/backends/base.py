@@ -110,9 +110,18 @@ class Backend:
         """The largest number of rows of a block of these embeddings."""
         raise NotImplementedError
 
+    def stats_block_rows(self, z: Tensor) -> int:
+        """The same of a block of which nothing is made but statistics: another number only where no
+        tile stays between the passes."""
+        return self.block_rows(z)
+
     def fused_block_rows(self, z: Tensor, num_views: int) -> int:
         """The largest number of samples of a block's side, for views made of these bases."""
         raise NotImplementedError
+
+    def fused_stats_block_rows(self, z: Tensor, num_views: int) -> int:
+        """The same where nothing is made but statistics."""
+        return self.fused_block_rows(z, num_views)
 
     def block_stats(
         self, problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace

@@ -39,8 +39,8 @@ class Road(ABC):
 
     Attributes:
         tiles: leading dimensions of a kept tile, before its block's two.
-        geometry: what :func:`plan_blocks` asks: samples, candidates, largest rows of a block, and
-            whether blocks end with their view.
+        geometry: what :func:`plan_blocks` asks: samples, candidates, and whether blocks end with
+            their view.
     """
 
     tiles: ClassVar[tuple[int, ...]]
@@ -58,7 +58,11 @@ class Road(ABC):
         self.geometry = self._geometry()
 
     @abstractmethod
-    def _geometry(self) -> tuple[int, BoolTable, int, bool]: ...
+    def _geometry(self) -> tuple[int, BoolTable, bool]: ...
+
+    @abstractmethod
+    def _block_rows(self, stats: bool) -> int:
+        """The largest rows of a block of either pass."""
 
     @abstractmethod
     def problem(self, scale: Tensor) -> Problem:
@@ -120,9 +124,12 @@ class Road(ABC):
     def add_views(self, part: Tensor, sums: Tensor, inner: Tensor) -> None:
         """Add ``part`` of the views' ``H z`` [V, N, D] to ``sums`` [B, N, D] and ``inner``."""
 
-    def plan(self) -> Plan:
-        """The blocks of the square problem."""
-        return plan_blocks(*self.geometry, self.backend.halves_diagonal)
+    def plan(self, stats: bool = False) -> Plan:
+        """The blocks of the square problem, in a pass that makes weights or only ``stats``."""
+        num_samples, candidates, per_view = self.geometry
+        block_rows = self._block_rows(stats)
+        halves = self.backend.halves_diagonal
+        return plan_blocks(num_samples, candidates, block_rows, per_view, halves)
 
     def shard(self) -> list[PerSample]:
         """What other processes need of these samples."""
@@ -144,17 +151,21 @@ class Road(ABC):
         """A table [V, N] as a problem has it, contiguous."""
 
     def rectangle(
-        self, problem: Problem, meeting: Meeting, given: Sequence[Tensor]
+        self, problem: Problem, meeting: Meeting, given: Sequence[Tensor], stats: bool = False
     ) -> tuple[Problem, Plan]:
         """The problem's rows against what other processes gave of theirs, and its blocks."""
-        plan = plan_rectangle(meeting.rows, meeting.cols, *self.geometry[1:])
+        _, candidates, per_view = self.geometry
+        block_rows = self._block_rows(stats)
+        plan = plan_rectangle(meeting.rows, meeting.cols, candidates, block_rows, per_view)
         return self.against(problem, given), plan
 
     def empty_kept(self, scale: Tensor) -> Tensor:
         """Memory for the tiles that stay between the passes."""
         if not (self.backend.keeps_tiles and any(self.needs_grad)):
             return scale.new_empty(0)
-        return empty_kept(math.prod(self.tiles) * most_elements(*self.geometry), scale)
+        num_samples, candidates, per_view = self.geometry
+        most = most_elements(num_samples, candidates, self._block_rows(False), per_view)
+        return empty_kept(math.prod(self.tiles) * most, scale)
 
     def statistics(
         self, problem: Problem, plan: Plan, kept: Tensor | None

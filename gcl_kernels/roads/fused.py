@@ -45,10 +45,13 @@ class Fused(Road):
 
     tiles = (2, 2)
 
-    def _geometry(self) -> tuple[int, BoolTable, int, bool]:
-        z = self.embedded.z
-        block_rows = self.backend.fused_block_rows(z, len(self.spec.candidates))
-        return z.shape[1], ((True,),), block_rows, False
+    def _geometry(self) -> tuple[int, BoolTable, bool]:
+        return self.embedded.z.shape[1], ((True,),), False
+
+    def _block_rows(self, stats: bool) -> int:
+        backend = self.backend
+        block_rows = backend.fused_stats_block_rows if stats else backend.fused_block_rows
+        return block_rows(self.embedded.z, len(self.spec.candidates))
 
     def problem(self, scale: Tensor) -> Problem:
         z, k, spec = self.embedded.z, self.embedded.coefficients, self.spec

@@ -31,11 +31,14 @@ class Views(Road):
 
     tiles = ()
 
-    def _geometry(self) -> tuple[int, BoolTable, int, bool]:
+    def _geometry(self) -> tuple[int, BoolTable, bool]:
         # Cut by views where some are frozen: their blocks are left out of the backward pass.
         per_view = any(self.needs_bases) and not all(self.needs_bases)
-        z = self.embedded.z
-        return z.shape[1], self.spec.candidates, self.backend.block_rows(z), per_view
+        return self.embedded.z.shape[1], self.spec.candidates, per_view
+
+    def _block_rows(self, stats: bool) -> int:
+        block_rows = self.backend.stats_block_rows if stats else self.backend.block_rows
+        return block_rows(self.embedded.z)
 
     def _of_rows(self, z: Tensor, data: SampleData) -> tuple[Tensor, Tensor | None]:
         """Rows and their ids."""

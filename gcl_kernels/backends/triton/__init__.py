@@ -17,14 +17,21 @@ import torch
 from torch import Tensor
 
 from gcl_kernels.backends.base import Backend
-from gcl_kernels.backends.triton.tiles import device_chip, find_chip
+from gcl_kernels.backends.triton.tiles import device_chip, find_chip, wave_rows
 
 BLOCK_ROWS = 8192
-"""Largest rows of a block: its weights take 128 MiB (256 MiB in float32), the whole workspace, and
-launches are few. Smaller blocks gain nothing, since logits stay on the chip at any size."""
+"""Largest rows of a block that has weights: they take 128 MiB (256 MiB in float32), the whole
+workspace, and launches are few. Smaller blocks gain nothing, since logits stay on the chip at any
+size; only where the product of weights and embeddings then fills the chip, ``wave_rows``."""
 
 FUSED_BLOCK_ROWS = 4096
 """The same for blocks over samples, whose weights are four matrices."""
+
+STATS_BLOCK_ROWS = 32768
+"""The same where there are statistics only: with tiles of 128 their slots take 128 MiB."""
+
+FUSED_STATS_BLOCK_ROWS = 12288
+"""The same for blocks over samples: 108 MiB for three views."""
 
 
 def _is_installed(package: str) -> bool:
@@ -97,11 +104,25 @@ class Triton(Backend):
 
     def block_rows(self, z: Tensor) -> int:
         self._check(z)
-        return BLOCK_ROWS
+        return self._weights_rows(z, z.shape[0] * z.shape[1], BLOCK_ROWS, 256)
+
+    def stats_block_rows(self, z: Tensor) -> int:
+        self._check(z)
+        return STATS_BLOCK_ROWS
 
     def fused_block_rows(self, z: Tensor, num_views: int) -> int:
         self._check(z)
-        return FUSED_BLOCK_ROWS
+        return self._weights_rows(z, z.shape[1], FUSED_BLOCK_ROWS, 128)
+
+    def fused_stats_block_rows(self, z: Tensor, num_views: int) -> int:
+        self._check(z)
+        return FUSED_STATS_BLOCK_ROWS
+
+    def _weights_rows(self, z: Tensor, num_rows: int, most: int, tile_cols: int) -> int:
+        chip = device_chip(z.get_device()) if z.is_cuda else None
+        if num_rows <= most or chip is None or z.dtype == torch.float32:
+            return most
+        return wave_rows(chip, z.shape[-1], most, tile_cols)
 
     def _check(self, z: Tensor) -> None:
         reason = self.why_not(z.device, z.dtype)

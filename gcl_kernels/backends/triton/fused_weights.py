@@ -18,9 +18,9 @@ views, ``G_b = sum_v coef[v,b,j] H_vw``, then cost no registers beside those of 
 is base ``c`` adds its ``G_b`` to ``F_bc`` in place; ``F_0c`` and ``F_1c`` are written before the
 views of the other base begin, which can then have their registers.
 
-Bounds, ``lse = +inf`` and diagonal blocks as in ``weights``: ``F_bc[k, j] = F_cb[j, k]``. Inputs:
-lse, g float32 [V, N]. Output: [2, 2, rows, columns], rows padded to an aligned pitch; ``inner``
-float32 [V, 2, N], added to.
+Exponentials, ``lse = +inf`` and diagonal blocks as in ``weights``: ``F_bc[k, j] = F_cb[j, k]``.
+Inputs: lse, g float32 [V, N]. Output: [2, 2, rows, columns], rows padded to an aligned pitch;
+``inner`` float32 [V, 2, N], added to.
 """
 
 # Device code builds its tuples one entry at a time.
@@ -38,28 +38,22 @@ from gcl_kernels.backends.triton.primitives import (
     combine,
     fused_tile,
     half_columns,
-    is_bounded,
     launch,
+    load_lines,
     masked,
+    terms,
     tile_of,
 )
 from gcl_kernels.backends.triton.stats import FOLD_NUMBERS, fold, new_tables
-from gcl_kernels.backends.triton.weights import load_lines, sides, store_tile
+from gcl_kernels.backends.triton.weights import store_tile, weights_of
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import FusedProblem, Lines, Workspace
 
 
 @triton.jit
-def shift_and_factor(lse, grad, s, bounded, side, VIEW: tl.constexpr):
-    """What a view's logits are reduced by before the exponential, and multiplied by after it."""
-    start, lines, length, samples = side
-    at = start + VIEW * samples.to(tl.int64)
-    shift = load_lines(lse, at, lines, length)
-    factor = load_lines(grad, at, lines, length)
-    if bounded:
-        factor *= tl.exp(s - shift)
-        shift = tl.zeros_like(shift) + s
-    return shift, factor
+def load_view(lse, grad, side, VIEW: tl.constexpr):
+    """lse and g of one view's embeddings."""
+    return load_lines(lse, side, VIEW), load_lines(grad, side, VIEW)
 
 
 @triton.jit
@@ -72,7 +66,8 @@ def write_inner(table, line, slot, num_slots, side, values):
 
 @triton.jit
 def column_view(
-    t_0, t_1, g_0, g_1, of_rows, row_terms, col_terms, row_inner, s, bounded, mask,
+    t_0, t_1, g_0, g_1, of_rows, row_terms, col_terms, row_inner, s, mask,
+    for_rows, for_cols, row_side, col_side,
     VIEW: tl.constexpr, BASES: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """All pairs of the rows' views with one view of the columns, ``t_b = <z_b^j, z_w^k>``.
@@ -80,7 +75,7 @@ def column_view(
     Returns ``g_0`` and ``g_1`` with ``G_0`` and ``G_1`` added, the sum over v of ``H_vw t_vw``, and
     ``row_inner`` with its share.
     """
-    shift_q, factor_q = col_terms
+    lse_q, g_q = col_terms
     ht = tl.zeros(t_0.shape, tl.float32)
     new_row_inner = ()
     for v in tl.static_range(len(BASES)):
@@ -89,13 +84,11 @@ def column_view(
         if CANDIDATES[v][VIEW] or CANDIDATES[VIEW][v]:
             t = combine(t_0, t_1, of_rows[v], BASES[v], 0)
             x = masked(s * t, mask)
-            e_p = tl.exp(x - row_terms[v][0][:, None])
-            e_q = e_p
-            if not bounded:
-                e_q = tl.exp(x - shift_q[None, :])
-            h = sides(
-                row_terms[v][1][:, None] * e_p, factor_q[None, :] * e_q,
-                CANDIDATES[v][VIEW], CANDIDATES[VIEW][v],
+            lse_p, g_p = row_terms[v]
+            h = weights_of(
+                terms(x, for_rows, row_side, col_side, v, VIEW, 0),
+                terms(x, for_cols, col_side, row_side, VIEW, v, 1),
+                lse_p, lse_q, g_p, g_q, CANDIDATES[v][VIEW], CANDIDATES[VIEW][v],
             )  # fmt: skip
             ht += h * t
             if BASES[v] is None:
@@ -117,9 +110,10 @@ def column_view(
                                "id_period", "row_samples", "col_samples"])  # fmt: skip
 def fused_weights_kernel(
     z_rows, z_cols, coefficients_rows, coefficients_cols, ids_rows, ids_cols, scale,
-    lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table, pitch,
+    lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table,
+    log_weights_rows, log_weights_cols, limits_rows, limits_cols, pitch,
     row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
-    BASES: tl.constexpr, CANDIDATES: tl.constexpr, UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
+    BASES: tl.constexpr, CANDIDATES: tl.constexpr, ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block, samples = (row_start, col_start, num_rows, num_cols), (row_samples, col_samples)
@@ -128,18 +122,19 @@ def fused_weights_kernel(
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
     s = tl.load(scale)
-    bounded = is_bounded(s, UNIT_ROWS)
     row_side, of_rows, products, needs = fused_tile(
         z_rows, z_cols, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
         BASES, TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
+    for_rows = limits_rows, log_weights_cols
+    for_cols = limits_cols, log_weights_rows
     rows, mirrored = row_side[1], False
     if DIAGONAL:
         mirrored = tile_row != tile_col
     row_terms = ()
     row_inner = ()
     for v in tl.static_range(len(BASES)):
-        row_terms = row_terms + (shift_and_factor(lse_rows, grad_rows, s, bounded, row_side, v),)
+        row_terms = row_terms + (load_view(lse_rows, grad_rows, row_side, v),)
         row_inner = row_inner + (tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32))
     part = pitch.to(tl.int64) * num_rows
     # Half of the columns at a time: F of all would not fit the registers beside the products.
@@ -153,12 +148,12 @@ def fused_weights_kernel(
         f_00, f_01, f_10, f_11 = zeros, zeros, zeros, zeros
         for w in tl.static_range(len(BASES)):
             if BASES[w] is None:
-                col_terms = shift_and_factor(lse_cols, grad_cols, s, bounded, col_side, w)
+                col_terms = load_view(lse_cols, grad_cols, col_side, w)
                 g_0, g_1, _, row_inner = column_view(
                     combine(y_00, y_01, of_cols[w], None, 1),
                     combine(y_10, y_11, of_cols[w], None, 1),
-                    zeros, zeros, of_rows, row_terms, col_terms, row_inner, s, bounded, mask,
-                    w, BASES, CANDIDATES,
+                    zeros, zeros, of_rows, row_terms, col_terms, row_inner, s, mask,
+                    for_rows, for_cols, row_side, col_side, w, BASES, CANDIDATES,
                 )  # fmt: skip
                 f_00 += of_cols[w][0][None, :] * g_0
                 f_01 += of_cols[w][1][None, :] * g_0
@@ -175,10 +170,11 @@ def fused_weights_kernel(
             f_0, f_1 = folded[c]
             for w in tl.static_range(len(BASES)):
                 if BASES[w] == c:
-                    col_terms = shift_and_factor(lse_cols, grad_cols, s, bounded, col_side, w)
+                    col_terms = load_view(lse_cols, grad_cols, col_side, w)
                     f_0, f_1, ht, row_inner = column_view(
                         towards[c][0], towards[c][1], f_0, f_1, of_rows, row_terms,
-                        col_terms, row_inner, s, bounded, mask, w, BASES, CANDIDATES,
+                        col_terms, row_inner, s, mask, for_rows, for_cols, row_side, col_side, w,
+                        BASES, CANDIDATES,
                     )  # fmt: skip
                     col_c = tl.sum(ht, 0)
                     if not DIAGONAL or mirrored:

@@ -13,7 +13,8 @@ diagonal crosses, and that lies inside the block, is not masked at all.
 
 Tuples that go together: ``block`` (row_start, col_start, num_rows, num_cols), ``ids`` (ids_rows,
 ids_cols, id_offset, id_period; the first two None under the default ids), ``samples`` (of the
-rows' embeddings, of the columns'), ``side`` (start, lines, length, samples: some rows or columns).
+rows' embeddings, of the columns'), ``side`` (start, lines, length, samples: some rows or columns),
+``options`` (limits of anchors, log weights of candidates, each None where there are none).
 """
 
 # Device code builds its tuples one entry at a time.
@@ -21,6 +22,7 @@ rows' embeddings, of the columns'), ``side`` (start, lines, length, samples: som
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,8 +39,21 @@ FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
 # of a block they would read 3 + 64.
 GROUP_ROWS = tl.constexpr(8)
 
-# |x| <= s <= 40: exp(x - s) >= e^-80 is a normal float32, and exp(s - lse) <= e^80 is finite.
-MAX_BOUNDED_SCALE = tl.constexpr(40.0)
+# How far logits may lie below what is subtracted from all of a tile: e^-80 is a normal float32.
+MAX_RANGE = tl.constexpr(80.0)
+SMALLEST_SUM = tl.constexpr(math.exp(-80.0))
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponential(x):
+    """``e^x`` in one multiplication and one ``ex2.approx.ftz``: zero below 2^-126.
+
+    ``tl.exp`` rounds the same product, and keeps what is below 2^-126 by a comparison and two more
+    multiplications of each number.
+    """
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -155,7 +170,8 @@ def tile_logits(
     z_rows, z_cols, scale, first_row, first_col, block, ids, dim,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``x`` [TILE, TILE] in float32 of the tile with this corner, counted from the block's."""
+    """``x`` [TILE, TILE] in float32 of the tile with this corner, counted from the block's; and the
+    smallest of it and of what is masked."""
     row_start, col_start, num_rows, num_cols = block
     rows = first_row + tl.arange(0, TILE)
     cols = first_col + tl.arange(0, TILE)
@@ -166,11 +182,12 @@ def tile_logits(
         z_rows, z_cols, global_rows, None, global_cols, dim, TILE_K, EVEN_K, PRECISION
     )
     x = product * scale
+    low = tl.min(x)
     if needs_mask(first_row, first_col, block, ids, TILE):
         row_ids, col_ids = tile_ids(rows, cols, block, ids)
         negative = is_negative(rows, cols, num_rows, num_cols, row_ids, col_ids)
         x = tl.where(negative, x, -float("inf"))
-    return x
+    return x, low
 
 
 @triton.jit
@@ -222,6 +239,37 @@ def masked(x, mask):
     elif mask[0]:
         negative = is_negative(mask[1], mask[2], mask[3], mask[4], mask[5], mask[6])
         x = tl.where(negative, x, -float("inf"))
+    return x
+
+
+@triton.jit
+def load_lines(values, side, VIEW: tl.constexpr):
+    """What a table [views, samples] has of some rows or columns of one view, zero outside."""
+    start, lines, length, samples = side
+    place = values + start + lines
+    if VIEW > 0:
+        place += VIEW * samples.to(tl.int64)
+    return tl.load(place, mask=lines < length, other=0.0)
+
+
+@triton.jit
+def terms(
+    x, options, anchors, candidates,
+    ANCHOR: tl.constexpr, CANDIDATE: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Logits as terms of the anchors along AXIS: with their candidates' log weights, -inf above
+    their limits.
+
+    Args:
+        anchors, candidates: a ``side`` each; ANCHOR, CANDIDATE: their views.
+    """
+    limits, log_weights = options
+    within = x
+    if log_weights is not None:
+        x += tl.expand_dims(load_lines(log_weights, candidates, CANDIDATE), AXIS)
+    if limits is not None:
+        limit = tl.expand_dims(load_lines(limits, anchors, ANCHOR), 1 - AXIS)
+        x = tl.where(within > limit, -float("inf"), x)
     return x
 
 
@@ -296,12 +344,6 @@ def combine(of_0, of_1, coefficients, BASE: tl.constexpr, AXIS: tl.constexpr):
     return combined
 
 
-@triton.jit
-def is_bounded(scale, UNIT_ROWS: tl.constexpr):
-    """Whether |x| <= s is known and so small that s may replace every maximum. False for NaN."""
-    return UNIT_ROWS & (scale >= 0) & (scale <= MAX_BOUNDED_SCALE)
-
-
 def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
     """Programs, tile, and the arguments that all kernels over the tiles of a block share."""
     z_rows = problem.z_rows
@@ -330,7 +372,11 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
         "id_offset": id_offset,
         "id_period": id_period,
         "dim": dim,
-        "UNIT_ROWS": problem.unit_rows,
+        "log_weights_rows": problem.log_weights_rows,
+        "log_weights_cols": problem.log_weights_cols,
+        "limits_rows": problem.limits_rows,
+        "limits_cols": problem.limits_cols,
+        "ONE_SIDED": problem.one_sided,
         "DIAGONAL": block.diagonal,
         "TILE": tile.size,
         "TILE_K": tile_k,

@@ -4,11 +4,18 @@ One program computes one tile ``x`` (see primitives) and reduces it along both a
 
     m_i = max_j x_ij                l_i = sum_j exp(x_ij - m_i)           (and the same over i)
 
-Where ``|x| <= s <= 40`` is proved, ``m = s`` for all rows and columns: one exponential, no maximum.
-Every tile writes its ``(m, l)`` to its own slot of a table; a second kernel folds the slots, in
-their order, into the running statistics. No atomics: every sum has one order.
+Where the tile's logits differ by at most 80, as nearly always, ``m`` is their maximum for all rows
+and columns: one exponential an entry. Every tile writes its ``(m, l)`` to its own slot of a table;
+a second kernel folds the slots, in their order, into the running statistics. No atomics: every sum
+has one order.
 
-    M' = max(M, max_t m_t)          L' = L exp(M - M') + sum_t l_t exp(m_t - M')
+    M' = max(M, max_t m_t + log l_t)          L' = L exp(M - M') + sum_t l_t exp(m_t - M')
+
+Where there are log weights or limits, rows are reduced of other terms than columns, with a maximum
+and an exponential each.
+
+``m`` may lie 80 above all of a row's logits, and those of other tiles just below them still count:
+``m_t + log l_t`` does not.
 
 A diagonal block computes the tiles on and above its diagonal. Tile (a, b) fills slot ``b`` of the
 rows of ``a`` and, since x is symmetric, slot ``a`` of the rows of ``b``: each slot once.
@@ -29,8 +36,11 @@ from torch import Tensor
 from gcl_kernels.backends.triton.launching import start
 from gcl_kernels.backends.triton.primitives import (
     FINITE_MIN,
-    is_bounded,
+    MAX_RANGE,
+    SMALLEST_SUM,
+    exponential,
     launch,
+    terms,
     tile_logits,
     tile_of,
 )
@@ -71,8 +81,9 @@ def write_slot(table, slot, num_slots, lines, length, maxima, sums):
                                "id_period"])  # fmt: skip
 def stats_kernel(
     z_rows, z_cols, ids_rows, ids_cols, scale, row_table, col_table,
+    log_weights_rows, log_weights_cols, limits_rows, limits_cols,
     row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
-    UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
+    ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -81,29 +92,39 @@ def stats_kernel(
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
-    s = tl.load(scale)
-    x = tile_logits(
-        z_rows, z_cols, s, tile_row * TILE, tile_col * TILE, block, ids, dim,
+    x, low = tile_logits(
+        z_rows, z_cols, tl.load(scale), tile_row * TILE, tile_col * TILE, block, ids, dim,
         TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
-    if is_bounded(s, UNIT_ROWS):
-        e = tl.exp(x - s)
-        row_max = tl.zeros((TILE,), tl.float32) + s
-        col_max = row_max
-        row_sum = tl.sum(e, 1)
-        col_sum = tl.sum(e, 0)
+    rows = tile_row * TILE + tl.arange(0, TILE)
+    cols = tile_col * TILE + tl.arange(0, TILE)
+    if ONE_SIDED:
+        of_rows = row_start, rows, num_rows, num_rows
+        of_cols = col_start, cols, num_cols, num_cols
+        x_p = terms(x, (limits_rows, log_weights_cols), of_rows, of_cols, 0, 0, 0)
+        row_max = finite_max(x_p, 1)
+        row_sum = tl.sum(exponential(x_p - row_max[:, None]), 1)
+        x_q = terms(x, (limits_cols, log_weights_rows), of_cols, of_rows, 0, 0, 1)
+        col_max = finite_max(x_q, 0)
+        col_sum = tl.sum(exponential(x_q - col_max[None, :]), 0)
     else:
-        # Both maxima before both sums take 50 registers fewer with Triton 3.6, on sm_90.
-        row_max = finite_max(x, 1)
-        col_max = finite_max(x, 0)
-        row_sum = tl.sum(tl.exp(x - row_max[:, None]), 1)
-        col_sum = tl.sum(tl.exp(x - col_max[None, :]), 0)
+        top = tl.maximum(tl.max(x), FINITE_MIN)
+        if top - low <= MAX_RANGE:
+            e = exponential(x - top)
+            row_max = tl.zeros((TILE,), tl.float32) + top
+            col_max = row_max
+            row_sum = tl.sum(e, 1)
+            col_sum = tl.sum(e, 0)
+        else:
+            # Both maxima before both sums take 50 registers fewer with Triton 3.6, on sm_90.
+            row_max = finite_max(x, 1)
+            col_max = finite_max(x, 0)
+            row_sum = tl.sum(exponential(x - row_max[:, None]), 1)
+            col_sum = tl.sum(exponential(x - col_max[None, :]), 0)
     if SERVES_ROWS:
-        rows = tile_row * TILE + tl.arange(0, TILE)
         write_slot(row_table, tile_col, num_col_tiles, rows, num_rows, row_max, row_sum)
     if SERVES_COLS:
         if not DIAGONAL or tile_row != tile_col:
-            cols = tile_col * TILE + tl.arange(0, TILE)
             write_slot(col_table, tile_row, num_row_tiles, cols, num_cols, col_max, col_sum)
 
 
@@ -123,9 +144,11 @@ def fold_lines(
         filled = (slots < num_slots)[:, None] & inside[None, :]
         tile_m = tl.load(place, mask=filled, other=FINITE_MIN)
         tile_sum = tl.load(place + num_slots.to(tl.int64) * length, mask=filled, other=0.0)
-        new_m = tl.maximum(m, tl.max(tile_m, 0))
-        tile_sum *= tl.exp(tile_m - new_m[None, :])
-        total = total * tl.exp(m - new_m) + tl.sum(tile_sum, 0)
+        # Where all is masked, m is of other rows.
+        tile_m = tl.where(tile_sum == 0, FINITE_MIN, tile_m)
+        new_m = tl.maximum(m, tl.max(tile_m + tl.log(tl.maximum(tile_sum, SMALLEST_SUM)), 0))
+        tile_sum *= exponential(tile_m - new_m[None, :])
+        total = total * exponential(m - new_m) + tl.sum(tile_sum, 0)
         m = new_m
     tl.store(maxima + start + lines, m, mask=inside)
     tl.store(sums + start + lines, total, mask=inside)
@@ -190,6 +213,7 @@ def run_stats(
 ) -> None:
     """Two launches: every tile's statistics to the tables, the tables into the running ones."""
     programs, tile, arguments = launch(problem, block)
+    arguments["num_warps"] = tile.warps if problem.one_sided else tile.warps_of("stats")
     tables = new_tables(problem.scale, block, tile, num_views, 2)
     with torch.cuda.device_of(problem.z_rows):
         start(kernel, (programs,), {"row_table": tables[0], "col_table": tables[1], **arguments})

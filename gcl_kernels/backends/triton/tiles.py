@@ -9,7 +9,9 @@ Shared memory of the product, in bytes: ``buffers * 2 * bases * size * slice_byt
 settings), else ``stages - 1``: one slice is always in registers. The epilogue reuses that memory.
 
 Warps: a thread holds ``size^2 / (lanes * warps)`` float32 logits, 64 with 128 x 128 and 8 warps of
-32. With 4 warps they would be 128 of its 255 registers, and the epilogue would spill.
+32. Fewer warps repeat less: with HGMMA a warp's threads hold 16 rows by all columns, so that each
+column's sum is reduced across lanes once a warp. With 4 warps 128 of a thread's 255 registers are
+logits; only ``stats`` on sm_90 has an epilogue that fits the others.
 
 None of the rows was chosen by a measurement on a GPU: they are the largest that compile without a
 spill, inside the memory of their chips. Register and memory counts:
@@ -66,8 +68,9 @@ class Tile:
 
     Attributes:
         size, slice_bytes, warps, stages: see above.
-        bases: embeddings of a row and of a column: two where views are fused.
         reason: why they are what they are.
+        bases: embeddings of a row and of a column: two where views are fused.
+        stats_warps: of ``stats``, where it takes another number.
     """
 
     size: int
@@ -76,6 +79,11 @@ class Tile:
     stages: int
     reason: str
     bases: int = 1
+    stats_warps: int | None = None
+
+    def warps_of(self, kernel: str) -> int:
+        """Warps of a program of this kernel."""
+        return self.stats_warps or self.warps if kernel == "stats" else self.warps
 
     def shared_bytes(self, chip: Chip) -> int:
         """Bytes of shared memory that the product takes on this chip."""
@@ -106,7 +114,7 @@ TILES: dict[tuple[str, str], Tile] = {
             128, 128, 8, 3, "3 buffers of 32 KiB: room for two programs, so that one can multiply "
             "while the other exponentiates; with Triton 3.8 registers fit too. 3.6 takes up to "
             "208: one program, since a limit of 128 spills 264 bytes and tiles of 64 double the "
-            "reads",
+            "reads", stats_warps=4,
         ), _SMALL, _FMA),
         ("sm_100",
             Tile(128, 128, 8, 3, "as sm_90; sums live in tensor memory, 128 columns"),
@@ -124,7 +132,7 @@ TILES: dict[tuple[str, str], Tile] = {
 
 
 def _fused(chip: str, row: str, tile: Tile) -> Tile:
-    half = replace(tile, size=tile.size // 2, bases=2)
+    half = replace(tile, size=tile.size // 2, bases=2, stats_warps=None)
     if row == "large":
         return replace(
             half, reason="64 x 64 samples are 128 x 128 products: operands, buffers and sums of a "
@@ -174,6 +182,27 @@ def num_tiles(rows: int, cols: int, diagonal: bool, size: int) -> int:
     """Programs of a block: all its tiles, or those on and above its diagonal."""
     row_tiles, col_tiles = -(-rows // size), -(-cols // size)
     return row_tiles * (row_tiles + 1) // 2 if diagonal else row_tiles * col_tiles
+
+
+def wave_rows(chip: Chip, dim: int, most: int, tile_cols: int) -> int:
+    """Rows ``P`` of a block, about ``most`` at most, for which the product [P, P] x [P, dim] fills
+    whole waves of the chip's multiprocessors best; the largest of equally good ones.
+
+    Counted with tiles of 128 x ``tile_cols``, one a multiprocessor, as cuBLAS has them for half
+    types; where it chooses others, nothing is lost but a little of a block's size. AMD's library
+    has no such shape to count with: ``most``.
+    """
+    # A 32nd more than most, so that 66 row tiles, half of the 132 of an H100, are among them.
+    row_tiles = range(1, most * 33 // (32 * 128) + 1)
+    if chip.lanes != 32 or not row_tiles:
+        return most
+    cols = -(-dim // tile_cols)
+
+    def fill(row_tiles: int) -> float:
+        tiles = row_tiles * cols
+        return tiles / (-(-tiles // chip.multiprocessors) * chip.multiprocessors)
+
+    return 128 * max(row_tiles, key=lambda count: (fill(count), count))
 
 
 def pick_tile(

@@ -5,12 +5,13 @@ One program computes one tile ``x`` (see primitives) and writes
     H_pq = g_p exp(x_pq - lse_p) + g_q exp(x_pq - lse_q)
 
 in the compute dtype, each term where the block serves that side. ``lse = +inf`` (a row without a
-negative) gives weight zero. Where ``|x| <= s <= 40`` is proved:
+negative) gives weight zero. A diagonal block computes the tiles on and above its diagonal and
+writes the others as transposes.
 
-    H_pq = exp(x_pq - s) * (g_p exp(s - lse_p) + g_q exp(s - lse_q))
+Log weights and limits change ``x_pq`` for each side (see primitives).
 
-one exponential an entry. The exponents of the factors are at most 2 s, since lse >= -s. A diagonal
-block computes the tiles on and above its diagonal and writes the others as transposes.
+Two exponentials an entry: one, of ``x`` less a number of the whole tile, times factors of rows and
+columns takes as many instructions, since a thread holds 32 columns' factors for 64 entries.
 
 Inputs: lse, g float32 [M]. Output: [rows, columns of the block], rounded once, from float32;
 its rows are padded to an aligned pitch.
@@ -24,7 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from gcl_kernels.backends.triton.launching import start
-from gcl_kernels.backends.triton.primitives import is_bounded, launch, tile_logits, tile_of
+from gcl_kernels.backends.triton.primitives import (
+    exponential,
+    launch,
+    load_lines,
+    terms,
+    tile_logits,
+    tile_of,
+)
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import Lines, Problem, Workspace
 
@@ -49,24 +57,13 @@ def sides(of_rows, of_cols, SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr
 
 @triton.jit
 def weights_of(
-    x, s, bounded, lse_p, lse_q, g_p, g_q,
-    SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
+    x_p, x_q, lse_p, lse_q, g_p, g_q, SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr
 ):  # fmt: skip
-    """``H`` in float32 of logits ``x`` [P, Q], lse and g of its rows [P] and columns [Q]."""
-    if bounded:
-        factor_p = (g_p * tl.exp(s - lse_p))[:, None]
-        factor_q = (g_q * tl.exp(s - lse_q))[None, :]
-        h = tl.exp(x - s) * sides(factor_p, factor_q, SERVES_ROWS, SERVES_COLS)
-    else:
-        of_rows = g_p[:, None] * tl.exp(x - lse_p[:, None])
-        of_cols = g_q[None, :] * tl.exp(x - lse_q[None, :])
-        h = sides(of_rows, of_cols, SERVES_ROWS, SERVES_COLS)
-    return h
-
-
-@triton.jit
-def load_lines(values, start, lines, length):
-    return tl.load(values + start + lines, mask=lines < length, other=0.0)
+    """``H`` in float32 of logits [P, Q], as terms of the rows and of the columns, and of lse and g
+    of rows [P] and columns [Q]."""
+    of_rows = g_p[:, None] * exponential(x_p - lse_p[:, None])
+    of_cols = g_q[None, :] * exponential(x_q - lse_q[None, :])
+    return sides(of_rows, of_cols, SERVES_ROWS, SERVES_COLS)
 
 
 @triton.jit
@@ -82,8 +79,9 @@ def store_tile(out, tile, rows, cols, num_rows, pitch):
 @triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "id_offset", "id_period"])
 def weights_kernel(
     z_rows, z_cols, ids_rows, ids_cols, scale, lse_rows, lse_cols, grad_rows, grad_cols, out,
+    log_weights_rows, log_weights_cols, limits_rows, limits_cols,
     pitch, row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
-    UNIT_ROWS: tl.constexpr, DIAGONAL: tl.constexpr,
+    ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -92,14 +90,14 @@ def weights_kernel(
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
-    s = tl.load(scale)
-    x = tile_logits(
-        z_rows, z_cols, s, tile_row * TILE, tile_col * TILE, block, ids, dim,
+    x, _ = tile_logits(
+        z_rows, z_cols, tl.load(scale), tile_row * TILE, tile_col * TILE, block, ids, dim,
         TILE, TILE_K, EVEN_K, PRECISION,
     )  # fmt: skip
     rows = tile_row * TILE + tl.arange(0, TILE)
-    lse_p = load_lines(lse_rows, row_start, rows, num_rows)
-    g_p = load_lines(grad_rows, row_start, rows, num_rows)
+    of_rows = row_start, rows, num_rows, num_rows
+    lse_p = load_lines(lse_rows, of_rows, 0)
+    g_p = load_lines(grad_rows, of_rows, 0)
     # A thread holds many columns. lse and g of all of them at once would cost more registers than
     # the logits; a quarter at a time spills nowhere.
     QUARTER: tl.constexpr = TILE // 4
@@ -107,11 +105,14 @@ def weights_kernel(
     quarters = halves(left) + halves(right)
     for quarter in tl.static_range(4):
         cols = tile_col * TILE + quarter * QUARTER + tl.arange(0, QUARTER)
-        lse_q = load_lines(lse_cols, col_start, cols, num_cols)
-        g_q = load_lines(grad_cols, col_start, cols, num_cols)
+        of_cols = col_start, cols, num_cols, num_cols
+        lse_q = load_lines(lse_cols, of_cols, 0)
+        g_q = load_lines(grad_cols, of_cols, 0)
+        x = quarters[quarter]
         h = weights_of(
-            quarters[quarter], s, is_bounded(s, UNIT_ROWS), lse_p, lse_q, g_p, g_q,
-            SERVES_ROWS, SERVES_COLS,
+            terms(x, (limits_rows, log_weights_cols), of_rows, of_cols, 0, 0, 0),
+            terms(x, (limits_cols, log_weights_rows), of_cols, of_rows, 0, 0, 1),
+            lse_p, lse_q, g_p, g_q, SERVES_ROWS, SERVES_COLS,
         ).to(out.dtype.element_ty)  # fmt: skip
         store_tile(out, h, rows, cols, num_rows, pitch)
         if DIAGONAL:
