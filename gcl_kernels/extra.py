@@ -58,15 +58,16 @@ class Rectangle:
                 setattr(self.problem, f"{name}_rows", of_rows.flatten())
                 setattr(self.problem, f"{name}_cols", scale.new_full((len(z_cols),), neutral))
 
-    def _plan(self, per_view: bool) -> tuple[Block, ...]:
+    def _plan(self, stats: bool, per_view: bool = False) -> tuple[Block, ...]:
         z_rows, z_cols, spec = self.problem.z_rows, self.problem.z_cols, self.road.spec
         num_samples = len(z_rows) // len(spec.candidates)
-        block_rows = self.road.backend.block_rows(z_rows)
+        backend = self.road.backend
+        block_rows = (backend.stats_block_rows if stats else backend.block_rows)(z_rows)
         return plan_extra(num_samples, spec.extra_anchors, len(z_cols), block_rows, per_view)
 
     def lse(self) -> Tensor:
         """Of every anchor's logits against the extra ones, [V, N]."""
-        problem, plan = self.problem, self._plan(False)
+        problem, plan = self.problem, self._plan(stats=True)
         rows, cols = (empty_stats(problem, z) for z in (problem.z_rows, problem.z_cols))
         workspace = Workspace(problem.z_rows.device, plan)
         for block in plan:
@@ -97,7 +98,7 @@ class Rectangle:
         none = scale.new_full((num_extra,), torch.inf), scale.new_zeros(num_extra)
         cols = Lines(*none, of_cols, nothing)
         needs_views = road.needs_views
-        plan = self._plan(not all(needs_views))
+        plan = self._plan(False, per_view=not all(needs_views))
         workspace = Workspace(problem.z_rows.device, plan)
         num_samples = neg_lse.shape[1]
         for block in plan:
