@@ -34,6 +34,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks/bench_loss.py --benchmark-only \
 		--benchmark-columns=median --benchmark-sort=name --benchmark-json=$(VENV)/bench.json
 	$(BIN)/python -m benchmarks.table $(VENV)/bench.json $(ARGS)
+	$(BIN)/python -m benchmarks.options
 
 # Minutes: fails where a loss is slower than in the record of this kind of processor.
 bench-check: $(VENV)/.test

@@ -14,6 +14,7 @@ Parts, in this order, each written to the JSON as soon as it is measured:
                in replay and two runs
     speed      as headline at all other sizes, for each backend, dense peers where they fit
     embeddings unit vectors and their gradients alone, O(M D): time, and bytes over time
+    options    each option on the candidates: time over that of none, and peak memory
     training   steps of three linear towers from logit scale 100: losses beside dense float32
     limit      the largest problem, N = 131072, D = 768: time and peak memory
     contract   the whole contract suite, every backend
@@ -57,6 +58,7 @@ import torch
 from torch import Tensor
 
 import gcl_kernels
+from benchmarks import options
 from benchmarks.peers import checkpointed, dense, dense_clip, gpu_peers, on_sum
 from benchmarks.record import RESULTS, environment
 from gcl_kernels.backends import triton as triton_backend
@@ -511,6 +513,28 @@ def embeddings_alone(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
+def options_alone(report: Report) -> list[dict[str, Any]]:
+    """Time of each option on the candidates over that of none, and peak memory."""
+    n, d = (64, 16) if report.quick else (4096, 768)
+    rows = []
+    for road in ("views", "fused"):
+        if not report.allows("options", road, 15):
+            continue
+        steps = {
+            name: options.step(road, name, report.device, n, d, torch.bfloat16)
+            for name in options.options(road, report.device, n, d)
+        }
+        for name, ratio in options.ratios(steps, report.device).items():
+            row = {"road": road, "option": name, "n": n, "d": d, "time": ratio}
+            if report.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                steps[name]()
+                row["bytes"] = torch.cuda.max_memory_allocated() - before
+            rows.append(row)
+    return rows
+
+
 def limit(report: Report) -> list[dict[str, Any]]:
     """Time and peak memory of the largest problem."""
     n = 256 if report.quick else LARGEST
@@ -911,6 +935,7 @@ PARTS: dict[str, tuple[Callable[[Report], Any], float]] = {
     "graph": (graph, 20.0),
     "speed": (speed, 0.0),
     "embeddings": (embeddings_alone, 0.0),
+    "options": (options_alone, 0.0),
     "training": (training, 0.0),
     "limit": (limit, 0.0),
     "contract": (contract, 0.0),

@@ -50,11 +50,14 @@ def options(road: str, device: str, n: int = N, d: int = D) -> dict[str, Options
     }
 
 
-def step(road: str, name: str, device: str = "cpu", n: int = N, d: int = D) -> Callable[[], None]:
+def step(
+    road: str, name: str, device: str = "cpu", n: int = N, d: int = D,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], None]:  # fmt: skip
     """Forward and backward of ``gcl_loss`` with an option."""
     generator = torch.Generator().manual_seed(0)
     views: Sequence[Tensor] = [
-        torch.randn(n, d, generator=generator).to(device).requires_grad_()
+        torch.randn(n, d, generator=generator).to(device, dtype).requires_grad_()
         for _ in range(3 if road == "views" else 2)
     ]
     scale = torch.tensor(1 / 0.07, device=device, requires_grad=True)
@@ -66,9 +69,8 @@ def step(road: str, name: str, device: str = "cpu", n: int = N, d: int = D) -> C
     return run
 
 
-def ratios(road: str, device: str = "cpu", n: int = N, d: int = D) -> dict[str, float]:
-    """The time with each option over that without, in one run."""
-    steps = {name: step(road, name, device, n, d) for name in options(road, device, n, d)}
+def ratios(steps: dict[str, Callable[[], None]], device: str) -> dict[str, float]:
+    """The time of each over that of the first, in one run."""
     turns: list[dict[str, float]] = []
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     names = list(steps)
@@ -83,8 +85,7 @@ def ratios(road: str, device: str = "cpu", n: int = N, d: int = D) -> dict[str, 
             taken[name] = time.perf_counter() - start
         turns.append(taken)
     return {
-        name: statistics.median(turn[name] / turn["no option"] for turn in turns[1:])
-        for name in names
+        name: statistics.median(turn[name] / turn[names[0]] for turn in turns[1:]) for name in names
     }
 
 
@@ -107,7 +108,8 @@ def main() -> None:
         return
     rows = []
     for road in ("views", "fused"):
-        for name, ratio in ratios(road).items():
+        steps = {name: step(road, name) for name in options(road, "cpu")}
+        for name, ratio in ratios(steps, "cpu").items():
             command = [sys.executable, "-m", "benchmarks.options", "--memory", road, name]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             rows.append({"road": road, "option": name, "time": ratio, "megabytes": float(output)})
