@@ -108,8 +108,9 @@ def _prepare(
     if extra_ids is not None and ids is None:
         raise ValueError("extra_ids: expected sample_ids to compare them with, got None")
     inputs = views if beyond is None else (*views, beyond)
-    of_half = half_dtypes(given.backend, device)
-    compute_dtype = resolve_compute_dtype(given.compute_dtype, inputs, of_half)
+    compute_dtype = resolve_compute_dtype(
+        given.compute_dtype, inputs, lambda: half_dtypes(given.backend, device)
+    )
     accum_dtype = accum_dtype_of(compute_dtype)
     scale, max_scale = resolve_scale(given.logit_scale, given.temperature, device, accum_dtype)
     warn_of_temperature(max_scale, given.normalize)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
@@ -485,13 +485,14 @@ def check_normalize(normalize: Any) -> None:
 def resolve_compute_dtype(
     compute_dtype: torch.dtype | None,
     views: Sequence[Tensor],
-    half_dtypes: Sequence[torch.dtype] = (),
+    half_dtypes: Callable[[], Sequence[torch.dtype]] | None = None,
 ) -> torch.dtype:
     """The argument, else autocast's, else the inputs' dtype.
 
     Args:
-        half_dtypes: the half types that are multiplied as such, where products accumulate and
-            return float32; the others compute in float32.
+        half_dtypes: asked for the half types that are multiplied as such, where products accumulate
+            and return float32, if one is wanted; the others compute in float32. Default: on CUDA
+            devices all.
     """
     device_type = views[0].device.type
     if compute_dtype is None:
@@ -507,9 +508,13 @@ def resolve_compute_dtype(
             compute_dtype = torch.get_autocast_dtype(device_type)
     else:
         check_compute_dtype(compute_dtype)
-    if compute_dtype in HALF_DTYPES and compute_dtype not in half_dtypes:
-        return torch.float32
-    return compute_dtype
+    if compute_dtype not in HALF_DTYPES:
+        return compute_dtype
+    if half_dtypes is None:
+        served: Sequence[torch.dtype] = HALF_DTYPES if device_type == "cuda" else ()
+    else:
+        served = half_dtypes()
+    return compute_dtype if compute_dtype in served else torch.float32
 
 
 def check_fusion_weights(

@@ -103,6 +103,8 @@ def reduce_terms(batch: Batch, spec: LossSpec) -> Tensor:
         # No anchor: whatever stands here, and infinities, must not meet a weight of zero.
         neg_lse = neg_lse.masked_fill(~present, 0)
     log_ratio = _log_ratio(neg_lse, own_logits, spec)
+    if spec.reduction == "mean" and absent is None and batch.sizes is None:
+        return (_weights(spec, -neg_lse.shape[1], neg_lse) * log_ratio).sum()
     table = _weights(spec, 1, neg_lse)
     if absent is not None:
         log_ratio = log_ratio.masked_fill(absent, 0)
@@ -112,8 +114,6 @@ def reduce_terms(batch: Batch, spec: LossSpec) -> Tensor:
         unweighted = [[weight == 0 for weight in row] for row in spec.pair_weights]
         mask = make_table(unweighted, torch.bool, neg_lse.device).unsqueeze(-1)
         return _mean(-log_ratio.masked_fill(mask, 0), (2,), batch, count)
-    if spec.reduction == "mean" and count is None and batch.sizes is None:
-        return -(_weights(spec, neg_lse.shape[1], neg_lse) * log_ratio).sum()
     return reduce_samples(-table * log_ratio, (0, 1), batch, spec, count)
 
 

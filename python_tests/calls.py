@@ -93,7 +93,7 @@ def emulate_half_products(patch: pytest.MonkeyPatch) -> None:
 def half_on_a_gpu(
     compute_dtype: torch.dtype | None,
     views: Sequence[Tensor],
-    half_dtypes: Sequence[torch.dtype] = (),
+    half_dtypes: object = None,
 ) -> torch.dtype:
     """As ``spec.resolve_compute_dtype`` for tensors on a GPU."""
     return compute_dtype or functools.reduce(torch.promote_types, (view.dtype for view in views))

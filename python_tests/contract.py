@@ -88,7 +88,7 @@ def check(
     weights = () if len(inputs) == 3 else weights
     device, n = inputs[0].device, len(inputs[0])
     compute = gcl_kernels.losses.resolve_compute_dtype(
-        options.get("compute_dtype"), inputs, half_dtypes(backend, device)
+        options.get("compute_dtype"), inputs, lambda: half_dtypes(backend, device)
     )
     accum = accum_dtype_of(compute)
 

@@ -296,12 +296,12 @@ def test_the_argument_then_autocast_then_the_inputs():
     half, single = torch.bfloat16, torch.float32
     views = [torch.zeros(2, 2, dtype=half)] * 2
     assert resolve_compute_dtype(None, views) == single
-    assert resolve_compute_dtype(None, views, (half,)) == half
-    assert resolve_compute_dtype(torch.float16, views, (half,)) == single
-    assert resolve_compute_dtype(torch.float64, views, (half,)) == torch.float64
+    assert resolve_compute_dtype(None, views, lambda: (half,)) == half
+    assert resolve_compute_dtype(torch.float16, views, lambda: (half,)) == single
+    assert resolve_compute_dtype(torch.float64, views, lambda: (half,)) == torch.float64
     with torch.autocast("cpu", dtype=half):
-        assert resolve_compute_dtype(None, [torch.zeros(2, 2)], (half,)) == half
-        assert resolve_compute_dtype(single, views, (half,)) == single
+        assert resolve_compute_dtype(None, [torch.zeros(2, 2)], lambda: (half,)) == half
+        assert resolve_compute_dtype(single, views, lambda: (half,)) == single
 
 
 def test_what_is_not_there_is_refused():

@@ -142,6 +142,8 @@ class Road(ABC):
 
     def _add_lines(self, problem: Problem, data: SampleData, *sides: str) -> None:
         """Give its ``"rows"`` or ``"cols"`` what they have of these samples beside ids."""
+        if data.log_weights is None and data.limits is None:
+            return
         for side in sides:
             for name in ("log_weights", "limits"):
                 setattr(problem, f"{name}_{side}", self._lines(getattr(data, name)))
