@@ -9,7 +9,7 @@ Parts, in this order, each written to the JSON as soon as it is measured:
     warmup     kernels compiled ahead for the sizes below, and the seconds it took
     headline   forward, backward and both, and peak memory, of the headline sizes: ours, and the
                best that can be written or installed
-    changes    each candidate change alone against the default, in turns, and how far results differ
+    changes    the default less one of its parts each, in turns, and how far results differ
     graph      small batches: a step at logit scale 100 captured in a CUDA graph and not; equal bits
                in replay and two runs
     speed      as headline at all other sizes, for each backend, dense peers where they fit
@@ -661,7 +661,7 @@ def headline(report: Report) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Change:
-    """A candidate change, alone.
+    """A change of the default, alone.
 
     Attributes:
         predicted: time with it over time without, as forecast before any measurement.
@@ -677,9 +677,13 @@ class Change:
 LARGE_CASES = (("gcl", 32768, 768), ("clip", 32768, 768))
 
 
-def _with_warps(warps: int) -> AbstractContextManager[Any]:
+def _stats_with_the_tiles_warps() -> AbstractContextManager[Any]:
     row = ("sm_90", "large")
-    return patch.dict(tiles.TILES, {row: replace(tiles.TILES[row], warps=warps)})
+    return patch.dict(tiles.TILES, {row: replace(tiles.TILES[row], stats_warps=None)})
+
+
+def _rows_without_waves(chip: Any, dim: int, most: int, tile_cols: int) -> int:
+    return most
 
 
 def _launches_of_triton() -> AbstractContextManager[Any]:
@@ -690,20 +694,20 @@ def _launches_of_triton() -> AbstractContextManager[Any]:
 
 
 def changes_known() -> dict[str, Change]:
-    """Those whose switch exists."""
+    """Each the default less one of its parts, as far as a switch exists."""
     return {
-        "blocks of 5632 rows": Change(
-            "0.94 (whole waves of addmm)",
-            partial(patch.object, triton_backend, "BLOCK_ROWS", 5632),
+        "weights in blocks of 8192 rows, fused 4096": Change(
+            "1.06 (products that end with part of a wave)",
+            partial(patch.object, triton_backend, "wave_rows", _rows_without_waves),
+            (*LARGE_CASES, ("fused", 32768, 768)),
+        ),
+        "statistics in blocks of 8192 rows": Change(
+            "1.05 (each block's last programs alone)",
+            partial(patch.object, triton_backend, "STATS_BLOCK_ROWS", 8192),
             LARGE_CASES,
         ),
-        "fused blocks of 2816 samples": Change(
-            "0.96",
-            partial(patch.object, triton_backend, "FUSED_BLOCK_ROWS", 2816),
-            (("fused", 32768, 768),),
-        ),
-        "large tile with 4 warps": Change(
-            "0.9 (fewer instructions issued), or a spill", partial(_with_warps, 4), LARGE_CASES
+        "statistics with 8 warps a tile": Change(
+            "1.1 (more instructions issued)", _stats_with_the_tiles_warps, LARGE_CASES
         ),
         "launches by Triton itself": Change(
             "1.1 or more in small batches",

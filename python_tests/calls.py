@@ -46,10 +46,15 @@ def run_forward(
     scale: Tensor,
     ids: Tensor | None = None,
     mixing: Tensor | None = None,
+    options: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    """``neg_lse``, own-sample logits, and what is saved between the passes."""
+    """``neg_lse``, own-sample logits, and what is saved between the passes.
+
+    Args:
+        options: log weights and limits, both or neither.
+    """
     mixing = mixing_of(spec) if mixing is None else mixing
-    return passes.forward(bases, mixing, scale, [ids], spec, needs_grad)
+    return passes.forward(bases, mixing, scale, [ids, *options], spec, needs_grad)
 
 
 def run_backward(
@@ -59,11 +64,13 @@ def run_backward(
     scale: Tensor,
     results: Sequence[Tensor],
     ids: Tensor | None = None,
+    options: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Gradients, of upstream ones, from what :func:`run_forward` gave."""
     neg_lse, own_logits, *saved = results
     upstream = torch.ones_like(neg_lse), torch.ones_like(own_logits)
-    return passes.backward(bases, scale, [ids], [*saved, neg_lse], *upstream, spec, needs_grad)
+    data, saved = [ids, *options], [*saved, neg_lse]
+    return passes.backward(bases, scale, data, saved, *upstream, spec, needs_grad)
 
 
 def cut_small(patch: pytest.MonkeyPatch) -> None:

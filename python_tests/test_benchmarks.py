@@ -423,12 +423,12 @@ def test_changes_end_with_their_context():
 
     def settings():
         triton = gpu_report.triton_backend
-        return triton.BLOCK_ROWS, triton.FUSED_BLOCK_ROWS, dict(gpu_report.tiles.TILES)
+        return triton.wave_rows, triton.STATS_BLOCK_ROWS, dict(gpu_report.tiles.TILES)
 
     before = settings()
     for change in gpu_report.changes_known().values():
         with change.apply():
             pass
         assert settings() == before
-    with gpu_report.changes_known()["blocks of 5632 rows"].apply():
+    with gpu_report.changes_known()["statistics with 8 warps a tile"].apply():
         assert settings() != before

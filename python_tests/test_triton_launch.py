@@ -27,17 +27,18 @@ ALL: BoolTable = ((True,) * 3,) * 3
 CLIP: BoolTable = ((False, True), (True, False))
 HALF, FULL = torch.bfloat16, torch.float32
 
-CASES: dict[str, tuple[int, int, torch.dtype, bool, BoolTable]] = {
+CASES: dict[str, tuple[Any, ...]] = {
     # One sample and one dimension: Triton makes a constant of an argument that is 1.
     "one": (1, 1, HALF, False, ALL),
     "two views": (40, 64, torch.float16, True, CLIP),
     "not aligned": (37, 67, FULL, False, ALL),
     # As test_triton_compile has them, so that one of the two compiles.
     "ids": (48, 67, HALF, True, ALL),
+    "log weights and limits": (40, 64, HALF, False, ALL, True),
     "large": (2080, 64, HALF, False, ALL),
     "large, ids": (1024, 80, HALF, True, ALL),
 }
-ROADS = {"views": tuple(CASES), "fused": ("one", "ids", "large")}
+ROADS = {"views": tuple(CASES), "fused": ("one", "ids", "log weights and limits", "large")}
 BLOCK_ROWS, FUSED_BLOCK_ROWS = 3120, 1040
 """Smaller than those shipped: 2080 samples are two blocks a side, on either road."""
 
@@ -53,7 +54,10 @@ KERNELS = {
 }  # fmt: skip
 
 
-def passes(road: str, n: int, d: int, dtype: torch.dtype, ids: bool, candidates: BoolTable) -> None:
+def passes(
+    road: str, n: int, d: int, dtype: torch.dtype, ids: bool, candidates: BoolTable,
+    options: bool = False,
+) -> None:  # fmt: skip
     """Both passes, without a gradient of one view where that is not many blocks."""
     mixed = MIXED[: len(candidates)] if road == "fused" else None
     mixing = None if mixed is None else torch.zeros(len(mixed), 2)
@@ -65,8 +69,9 @@ def passes(road: str, n: int, d: int, dtype: torch.dtype, ids: bool, candidates:
     bases = [torch.zeros(n, d, dtype=dtype)] * num_given + [torch.zeros(d, n, dtype=dtype).t()]
     needs = [True] * num_given + [n > 1000, mixed is not None, True]
     sample_ids = torch.zeros(n, dtype=torch.int64) if ids else None
-    results = run_forward(bases, spec, needs, torch.ones(()), sample_ids, mixing)
-    run_backward(bases, spec, needs, torch.ones(()), results, sample_ids)
+    lines = [torch.zeros(len(candidates), n) for _ in range(2 * options)]
+    results = run_forward(bases, spec, needs, torch.ones(()), sample_ids, mixing, lines)
+    run_backward(bases, spec, needs, torch.ones(()), results, sample_ids, lines)
 
 
 def on_sm_90() -> None:
@@ -77,7 +82,8 @@ def on_sm_90() -> None:
     backend: Any = BACKENDS["triton"]
     backend.why_not = lambda *arguments: None
     backend.write_product, backend.add_product = write_product, add_product
-    triton_backend.BLOCK_ROWS, triton_backend.FUSED_BLOCK_ROWS = BLOCK_ROWS, FUSED_BLOCK_ROWS
+    triton_backend.BLOCK_ROWS = triton_backend.STATS_BLOCK_ROWS = BLOCK_ROWS
+    triton_backend.FUSED_BLOCK_ROWS = triton_backend.FUSED_STATS_BLOCK_ROWS = FUSED_BLOCK_ROWS
 
 
 def values_meant(entry: Any, kind: Any) -> list[int]:
