@@ -196,6 +196,30 @@ def test_a_sample_without_any_view_is_no_sample():
     )
 
 
+@pytest.mark.parametrize("queries_meet", [False, True])
+def test_margin_is_that_of_qwen3(float64_backend, device, queries_meet):
+    """Zhang et al. 2025, and the package memeff: queries find documents among those that are not
+    more similar than the positive by over 0.1, and among other queries if they meet."""
+    q, d = (torch.nn.functional.normalize(e, dim=1) for e in random_views(N, 4, device)[:2])
+    positive = (q * d).sum(1)
+    own = torch.eye(N, dtype=torch.bool, device=device)
+    terms = [(q @ d.T).masked_fill((q @ d.T > positive[:, None] + 0.1) & ~own, -torch.inf)]
+    if queries_meet:
+        terms.append((q @ q.T).masked_fill((q @ q.T > positive[:, None] + 0.1) | own, -torch.inf))
+    expected = ((torch.cat(terms, 1) / 0.05).logsumexp(1) - positive / 0.05).mean()
+    result = gcl_kernels.multiview_contrastive_loss(
+        [q, d],
+        temperature=0.05,
+        pair_weights=[[0, 1], [0, 0]],
+        candidates=[[queries_meet, True], [False, False]],
+        false_negative_margin=0.1,
+        backend=float64_backend,
+    )
+    torch.testing.assert_close(result, expected)
+    without = gcl_kernels.clip_loss(q, d, temperature=0.05, pair_weights=[[0, 1], [0, 0]])
+    assert abs(result - without) > 0.1
+
+
 @pytest.mark.parametrize("views", [2, 3])
 def test_positives_of_one_class_are_supervised_contrastive(float64_backend, device, views):
     """Khosla et al. 2020, L_out, all embeddings of the batch as anchors."""
