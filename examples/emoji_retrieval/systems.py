@@ -236,5 +236,7 @@ class System:
 SYSTEMS = {
     "clip_sf": System(ClipSF, "CLIP-SF", 300, 128, 0.07, {"CL": 2e-3, "GCL": 2e-3}),
     "tinyclip": System(TinyClip, "TinyCLIP", 120, 128, 0.07, {"CL": 1e-3, "GCL": 2e-3}),
-    "vista": System(Vista, "VISTA", 50, 64, 0.02, {"CL": 6e-5, "GCL": 2.5e-4}, ("joint", "sum"), 150),
+    "vista": System(
+        Vista, "VISTA", 50, 64, 0.02, {"CL": 6e-5, "GCL": 2.5e-4}, ("joint", "sum"), 150
+    ),
 }
