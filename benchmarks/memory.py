@@ -26,14 +26,15 @@ def _measure(peer: str, n: int, d: int) -> float:
     # Loads code and thread pools that a first call would be charged with.
     training_step(function, "gcl", 700, d)()
     step = training_step(function, "gcl", n, d)
-    before = _resident()
+    before = resident()
     step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     gradients = 3 * n * d * 4 / 2**20
     return (peak - before - gradients) * 2**20 / 1e6
 
 
-def _resident() -> float:
+def resident() -> float:
+    """What this process holds, in MiB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
