@@ -115,7 +115,8 @@ def programs(variant: Variant, used: Resources) -> int:
 def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
     """Every kernel with every row of the table and every kind of product it serves; of the fused
     kernels, which take longest to compile, float32 only where it has a row of its own. Blocks off
-    the diagonal, given ids, and log weights and limits with the large tile in bfloat16."""
+    the diagonal, given ids, and log weights and limits with the large tile in bfloat16 (of
+    ``fused_weights`` the small one, which it then takes)."""
     for chip in chips:
         for name, row in TILES:
             if name != chip:
@@ -128,6 +129,8 @@ def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
                     if row == "large" and dtype == torch.bfloat16:
                         yield Variant(kernel, chip, row, dtype, diagonal=False)
                         yield Variant(kernel, chip, row, dtype, ids=True)
+                    of_options = "small" if kernel == "fused_weights" else "large"
+                    if row == of_options and dtype == torch.bfloat16:
                         yield Variant(kernel, chip, row, dtype, options=True)
         for kernel in FOLDS:
             yield Variant(kernel, chip, "large", torch.float32)

@@ -154,7 +154,7 @@ def test_products_on_tensor_cores(instructions):
     on_matrix_units["TensorFloat32"] = r"HMMA\.1688\.F32\.TF32"
     for dtype, product in on_matrix_units.items():
         kernels = {k: code for k, code in instructions.items() if re.search(rf"\d{dtype}E", k)}
-        assert len(kernels) == 2, f"statistics and weights in {dtype}"
+        assert len(kernels) == 4, f"statistics and weights in {dtype}, with options and without"
         for kernel, code in kernels.items():
             assert re.search(product, code), kernel
             # 16 bytes at a time, from memory to shared memory without a register between.

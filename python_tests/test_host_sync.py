@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import gcl_kernels
 from gcl_kernels import operators, terms
+from gcl_kernels.backends import triton as triton_backend
 from gcl_kernels.dispatch import BACKENDS
 
 READS_OR_COPIES = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
@@ -135,7 +136,7 @@ def test_learnable_fusion_weights(operations, road):
 def test_ranks(operations, pool):
     def step() -> None:
         ids = torch.empty(40, dtype=torch.int64, device=CUDA)
-        present = torch.empty(3, 40, dtype=torch.bool, device=CUDA)
+        present = torch.empty(2, 40, dtype=torch.bool, device=CUDA)
         options = {"pool": pool, "fusion_weights": (1, 0.5), "present": present}
         gcl_kernels.hits(gcl_kernels.positive_ranks(embeddings(2), **options, sample_ids=ids))
         gcl_kernels.positive_ranks(embeddings(2), pool=pool)
@@ -152,7 +153,8 @@ def launches_of_triton(monkeypatch) -> None:
 
     for module in (of_samples, fused_weights, stats, weights):
         monkeypatch.setattr(module, "start", lambda *_: None)
-    monkeypatch.setattr(primitives, "device_chip", lambda _: tiles.CHIPS["sm_90"])
+    for module in (primitives, triton_backend):
+        monkeypatch.setattr(module, "device_chip", lambda _: tiles.CHIPS["sm_90"])
     monkeypatch.setattr(BACKENDS["triton"], "why_not", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(BACKENDS["triton"], "add_product", add_product)

@@ -109,8 +109,9 @@ DEVICE void write_statistics(const float (&maxima)[WARPS][TILE], const float (&s
   table[(slots + slot) * length + line] = l;
 }
 
-template <class ELEMENT>
-KERNEL(THREADS, 2) stats_kernel(const Arguments a) {
+// One-sided, it takes more registers: one program then, and nothing is spilled.
+template <class ELEMENT, bool ONE_SIDED>
+KERNEL(THREADS, ONE_SIDED ? 1 : 2) stats_kernel(const Arguments a) {
   const Block& block = a.block;
   const Place at(thread_index());
   const TilePlace tile = tile_of(program_index(), a.row_tiles, a.col_tiles, block.diagonal);
@@ -127,7 +128,7 @@ KERNEL(THREADS, 2) stats_kernel(const Arguments a) {
       for (float& value : row) value = exponential(value - s);
   }
   auto& of_warps = *reinterpret_cast<WarpStatistics*>(shared_memory());
-  if (block.one_sided()) {
+  if constexpr (ONE_SIDED) {
     const auto for_row = [&](float value, int i, int j) {
       return term_of(value, block.rows, first_row + at.row(i), block.cols, first_col + at.col(j));
     };
@@ -168,7 +169,7 @@ int block_stats(Product product, const Block& block, float* row_table, float* co
                                  row_table,
                                  col_table};
     static_assert(sizeof(WarpStatistics) <= PRODUCT_BYTES);
-    return launch(stats_kernel<Element>,
+    return launch(block.one_sided() ? stats_kernel<Element, true> : stats_kernel<Element, false>,
                   num_tiles(block.rows.length, block.cols.length, block.diagonal, TILE), THREADS,
                   PRODUCT_BYTES, stream, arguments);
   });

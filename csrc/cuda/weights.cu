@@ -139,12 +139,12 @@ struct Arguments {
 };
 
 // x becomes H.
-template <class STORAGE>
+template <bool ONE_SIDED, class STORAGE>
 DEVICE void weigh(Sums& x, const Arguments<STORAGE>& a, int first_row, int first_col,
                   const Place& at) {
   const Block& block = a.block;
   const float s = *block.scale;
-  const bool bounded = is_bounded(s, block), one_sided = block.one_sided();
+  const bool bounded = is_bounded(s, block);
   // lse and g of all of a thread's columns at once would not fit the registers beside the logits.
   constexpr int AT_ONCE = COLS_OF_THREAD / 2;
 #pragma unroll
@@ -164,12 +164,12 @@ DEVICE void weigh(Sums& x, const Arguments<STORAGE>& a, int first_row, int first
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j) {
         float& value = x[i][first + j];
-        if (bounded) {
-          value = exponential(value - s) * (p.g + q[j].g);
-        } else if (one_sided) {
+        if constexpr (ONE_SIDED) {
           const int col = first_col + at.col(first + j);
           value = weight_of(term_of(value, block.rows, row, block.cols, col),
                             term_of(value, block.cols, col, block.rows, row), p, q[j]);
+        } else if (bounded) {
+          value = exponential(value - s) * (p.g + q[j].g);
         } else {
           value = weight_of(value, value, p, q[j]);
         }
@@ -178,8 +178,9 @@ DEVICE void weigh(Sums& x, const Arguments<STORAGE>& a, int first_row, int first
   }
 }
 
-template <class ELEMENT>
-KERNEL(THREADS, 2) weights_kernel(const Arguments<typename ELEMENT::Storage> a) {
+// One-sided, it takes more registers: one program then, and nothing is spilled.
+template <class ELEMENT, bool ONE_SIDED>
+KERNEL(THREADS, ONE_SIDED ? 1 : 2) weights_kernel(const Arguments<typename ELEMENT::Storage> a) {
   const Block& block = a.block;
   const Place at(thread_index());
   const TilePlace tile = tile_of(program_index(), a.row_tiles, a.col_tiles, block.diagonal);
@@ -187,7 +188,7 @@ KERNEL(THREADS, 2) weights_kernel(const Arguments<typename ELEMENT::Storage> a) 
   Sums x;
   multiply_tile<ELEMENT>(x, block, a.aligned, first_row, first_col, at);
   scale_and_mask(x, *block.scale, block.sample_ids(), first_row, first_col, at);
-  weigh(x, a, first_row, first_col, at);
+  weigh<ONE_SIDED>(x, a, first_row, first_col, at);
   const int row = first_row + at.warp_row * ROWS_OF_WARP;
   const int col = first_col + at.warp_col * COLS_OF_WARP;
   store<ELEMENT>(x, a.out, row, col, at);
@@ -209,7 +210,7 @@ int block_weights(Product product, const Block& block, Lines rows, Lines cols, v
                                           cols,
                                           matrix<Storage>(out, pitch, block)};
     static_assert(WARP_ROWS * WARP_COLS * Staging<Element>::BYTES_OF_WARP <= PRODUCT_BYTES);
-    return launch(weights_kernel<Element>,
+    return launch(block.one_sided() ? weights_kernel<Element, true> : weights_kernel<Element, false>,
                   num_tiles(block.rows.length, block.cols.length, block.diagonal, TILE), THREADS,
                   PRODUCT_BYTES, stream, arguments);
   });

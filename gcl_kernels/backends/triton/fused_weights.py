@@ -241,7 +241,8 @@ def fused_block_weights(
 ) -> Tensor:
     """Two launches; the result is valid until the next call with this workspace."""
     out = workspace.tile(0, (2, 2, *block.shape), problem.compute_dtype)
-    programs, tile, arguments = launch(problem, block)
+    # With log weights and limits the large tile would spill on the diagonal.
+    programs, tile, arguments = launch(problem, block, small=problem.one_sided)
     tables = new_tables(problem.scale, block, tile, 2 * len(problem.bases))
     arguments |= {
         "lse_rows": rows.lse, "lse_cols": cols.lse, "grad_rows": rows.grad, "grad_cols": cols.grad,

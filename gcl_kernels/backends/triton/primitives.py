@@ -344,8 +344,9 @@ def combine(of_0, of_1, coefficients, BASE: tl.constexpr, AXIS: tl.constexpr):
     return combined
 
 
-def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
-    """Programs, tile, and the arguments that all kernels over the tiles of a block share."""
+def launch(problem: Problem, block: Block, small: bool = False) -> tuple[int, Tile, dict[str, Any]]:
+    """Programs, tile (``small``: that whatever the block's size), and the arguments that all kernels
+    over the tiles of a block share."""
     z_rows = problem.z_rows
     # The interpreter, on the CPU, has no chip of its own.
     chip = device_chip(z_rows.get_device()) if z_rows.is_cuda else CHIPS["sm_80"]
@@ -356,7 +357,8 @@ def launch(problem: Problem, block: Block) -> tuple[int, Tile, dict[str, Any]]:
     dim = z_rows.shape[-1]
     num_rows, num_cols = block.shape
     fused = isinstance(problem, FusedProblem)
-    tile = pick_tile(chip, ieee and is_float32, dim, num_rows, num_cols, block.diagonal, fused)
+    shape = (0, 0) if small else (num_rows, num_cols)
+    tile = pick_tile(chip, ieee and is_float32, dim, *shape, block.diagonal, fused)
     tile_k = tile.slice_elements(z_rows.dtype)
     id_offset, id_period = block.id_diagonals
     arguments = {
