@@ -345,8 +345,11 @@ def combine(of_0, of_1, coefficients, BASE: tl.constexpr, AXIS: tl.constexpr):
 
 
 def launch(problem: Problem, block: Block, small: bool = False) -> tuple[int, Tile, dict[str, Any]]:
-    """Programs, tile (``small``: that whatever the block's size), and the arguments that all kernels
-    over the tiles of a block share."""
+    """Programs, tile, and the arguments that all kernels over the tiles of a block share.
+
+    Args:
+        small: take the small tile whatever the block's size.
+    """
     z_rows = problem.z_rows
     # The interpreter, on the CPU, has no chip of its own.
     chip = device_chip(z_rows.get_device()) if z_rows.is_cuda else CHIPS["sm_80"]
