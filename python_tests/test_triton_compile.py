@@ -161,7 +161,7 @@ def test_how_many_large_programs_share_a_multiprocessor_of_sm_90(kernel, resourc
         if (variant.kernel, variant.chip, variant.row) == (kernel, "sm_90", "large")
         and variant.dtype != torch.float32
     ]
-    assert len(checked) == {"stats": 6, "weights": 6}.get(kernel, 2)
+    assert len(checked) == {"stats": 6, "weights": 6, "fused_stats": 2, "fused_weights": 1}[kernel]
     for variant in checked:
         one = kernel.startswith("fused") or variant.options or (kernel == "weights" and variant.ids)
         assert programs(variant, resources[variant]) == (1 if one else 2), str(variant)
