@@ -22,7 +22,7 @@ from gcl_kernels.problem import (
     known_scale,
     subtractable,
 )
-from gcl_kernels.roads.base import Road, weight_unit
+from gcl_kernels.roads.base import Road, multiply_
 from gcl_kernels.spec import NegativesSpec
 
 
@@ -88,7 +88,8 @@ class Rectangle:
         """
         road, problem = self.road, self.problem
         backend, spec, scale = road.backend, road.spec, problem.scale
-        unit = weight_unit(problem, grad)
+        # Of views, whatever the road makes of them: weights meet no coefficients here.
+        unit = Road.weight_unit(road, problem, grad)
         weighed = grad.flatten() if unit is None else grad.flatten() / unit
         of_rows, of_cols = (
             torch.zeros_like(z, dtype=scale.dtype) for z in (problem.z_rows, problem.z_cols)
@@ -111,9 +112,7 @@ class Rectangle:
             if spec.extra_grad:
                 z_rows = problem.z_rows[block.rows]
                 backend.add_product(of_cols[block.cols], weights.t(), z_rows)
-        if unit is not None:
-            of_rows.mul_(unit)
-            of_cols.mul_(unit)
+        multiply_(unit, of_rows, of_cols)
         share = None
         if road.needs_scale:
             along = (of_rows * problem.z_rows).view(len(needs_views), -1).sum(1)

@@ -31,7 +31,7 @@ from gcl_kernels.problem import (
     split_data,
     subtractable,
 )
-from gcl_kernels.roads.base import Road, add_share
+from gcl_kernels.roads.base import Road, add_share, multiply_
 from gcl_kernels.roads.fused import Fused
 from gcl_kernels.roads.views import Views
 from gcl_kernels.spec import NegativesSpec
@@ -149,15 +149,8 @@ def _gradient(
     total = road.new_sums(problem.z_rows, once)
     lines = road.lines(subtractable(neg_lse), grad if unit is None else grad / unit, *total)
     share = road.gradient(problem, plan, kept, (lines, lines), once)
-    _multiply_(unit, *total, share)
+    multiply_(unit, *total, share)
     return total, share
-
-
-def _multiply_(unit: Tensor | None, *sums: Tensor | None) -> None:
-    """By :meth:`Road.weight_unit`, what weights stored in it were added to."""
-    for of in sums:
-        if unit is not None and of is not None:
-            of.mul_(unit)
 
 
 def _add_gradient_of_others(
@@ -187,7 +180,7 @@ def _add_gradient_of_others(
         if unit is not None:
             for to, of in zip(total, of_rows, strict=True):
                 to.addcmul_(of, unit)
-        _multiply_(unit, *of_cols, part)
+        multiply_(unit, *of_cols, part)
         share = add_share(share, part)
         of_bases = of_cols[0].view(shard[0].shape)
         back = [PerSample(of_bases[b], 0) for b in needed]

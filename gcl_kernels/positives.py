@@ -21,18 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gcl_kernels.backends.reference import unit_vectors
 from gcl_kernels.roads.fused import formed
-from gcl_kernels.spec import ABSENT, NORM_EPS, LossSpec, NegativesSpec
+from gcl_kernels.spec import ABSENT, LossSpec, NegativesSpec
 from gcl_kernels.terms import Batch, make_table, reduce_samples
 
 
 def unit_views(bases: Sequence[Tensor], mixing: Tensor | None, spec: NegativesSpec) -> Tensor:
     """What the logits are made of, unrounded: [V, N, D] in the accumulation dtype."""
     views = bases if mixing is None else formed(bases, mixing, spec)
-    e = torch.stack([view.to(spec.accum_dtype) for view in views])
-    if not spec.normalize:
-        return e
-    return e / torch.linalg.vector_norm(e, dim=-1, keepdim=True).clamp_min(NORM_EPS)
+    return unit_vectors(torch.stack([view.to(spec.accum_dtype) for view in views]), spec)
 
 
 @torch.no_grad()

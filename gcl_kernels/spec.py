@@ -354,11 +354,9 @@ def check_anchors(anchors: Any, num_views: int) -> tuple[bool, ...] | None:
     return given
 
 
-def check_margin(margin: Any) -> float | None:
-    """``false_negative_margin`` as a float; raises unless it is None or a finite number >= 0."""
+def check_margin(margin: Any) -> float:
+    """``false_negative_margin`` as a float; raises unless it is a finite number >= 0."""
     margin = plain_number(margin)
-    if margin is None:
-        return None
     if isinstance(margin, bool) or not isinstance(margin, (int, float)):
         raise TypeError(
             f"false_negative_margin: expected a number or None, got {type(margin).__name__}"

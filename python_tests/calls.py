@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+import gcl_kernels
 from gcl_kernels import losses, passes, problem
 from gcl_kernels.backends import cpu, tiled
 from gcl_kernels.dispatch import BACKENDS
@@ -71,6 +72,29 @@ def run_backward(
     upstream = torch.ones_like(neg_lse), torch.ones_like(own_logits)
     data, saved = [ids, *options], [*saved, neg_lse]
     return passes.backward(bases, scale, data, saved, *upstream, spec, needs_grad)
+
+
+def with_threads(
+    counts: Sequence[int], run: Callable[[], Sequence[Tensor]]
+) -> list[Sequence[Tensor]]:
+    """What ``run`` returns with each number of threads."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def gradients_on_cpu(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Loss and gradients of three views on backend ``cpu``, and of the first two fused."""
+    results = []
+    for views in (leaves, leaves[:2]):
+        loss = gcl_kernels.gcl_loss(*views, backend="cpu")
+        results += [loss, *torch.autograd.grad(loss, views)]
+    return results
 
 
 def cut_small(patch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from block_checks import RECTANGLES, Kernels, check_fused_rectangle, check_rectangle
+from calls import gradients_on_cpu, with_threads
 from contract import OPTIONS, check, collapsed_views, every_road, random_views
 from torch import Tensor
 
@@ -117,18 +118,9 @@ def test_product_keeps_what_is_not_a_number(instruction):
 
 def test_any_number_of_threads_gives_the_same_bits(instruction):
     leaves = [torch.randn(170, 70).bfloat16().requires_grad_() for _ in range(3)]
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for views in (leaves, leaves[:2]):
-                loss = gcl_kernels.gcl_loss(*views, backend="cpu")
-                results.append([loss, *torch.autograd.grad(loss, views)])
-    finally:
-        torch.set_num_threads(threads)
-    for index, other in enumerate(results[2:]):
-        assert all(map(torch.equal, results[index % 2], other))
+    first, *others = with_threads((1, 2, 3), lambda: gradients_on_cpu(leaves))
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 BFLOAT16 = {"backend": "cpu", "dtypes": (torch.bfloat16,) * 3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import with_threads
 from contract import check, every_road, random_views
 from oracle import dense_gcl, dense_loss
 from tolerance import assert_accurate
@@ -263,19 +264,15 @@ def test_distinct_positives_are_the_loss_without_the_option(float64_backend, dev
 
 def test_positives_have_the_same_bits_with_any_number_of_threads():
     ids = torch.arange(600) % 7
-    results = []
-    for threads in (1, 2, 5):
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            views = [view.float().requires_grad_() for view in random_views(600, 64)]
-            loss = gcl_kernels.gcl_loss(*views, sample_ids=ids, same_id="positive")
-            loss.backward()
-        finally:
-            torch.set_num_threads(before)
-        results.append([loss.detach(), *(view.grad for view in views)])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    views = [view.float().requires_grad_() for view in random_views(600, 64)]
+
+    def run() -> list[Tensor]:
+        loss = gcl_kernels.gcl_loss(*views, sample_ids=ids, same_id="positive")
+        return [loss, *torch.autograd.grad(loss, views)]
+
+    first, *others = with_threads((1, 2, 5), run)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_positives_gradcheck(float64_backend, device):

@@ -17,6 +17,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from calls import gradients_on_cpu, with_threads
 from contract import OPTIONS, check, random_views
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -156,18 +157,9 @@ def test_any_number_of_threads_gives_the_same_bits(road):
     """Of the extension's own work; a BLAS may choose by threads, so its products are small."""
     size = (700, 40) if road[1] == "own" else (300, 4)
     leaves = [torch.randn(size).requires_grad_() for _ in range(3)]
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for views in (leaves, leaves[:2]):
-                loss = gcl_kernels.gcl_loss(*views, backend="cpu")
-                results.append([loss, *torch.autograd.grad(loss, views)])
-    finally:
-        torch.set_num_threads(threads)
-    for index, other in enumerate(results[2:]):
-        assert all(map(torch.equal, results[index % 2], other))
+    first, *others = with_threads((1, 2, 3), lambda: gradients_on_cpu(leaves))
+    for other in others:
+        assert all(map(torch.equal, first, other))
 
 
 @pytest.mark.parametrize("scale", [14.0, 100.0], ids=["bounded", "running"])

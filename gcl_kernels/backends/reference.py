@@ -62,7 +62,8 @@ def dense_mask(candidates: BoolTable, sample_ids: Tensor) -> Tensor:
     return table & (ids[:, None] != ids[None, :])
 
 
-def _unit(e: Tensor, spec: NegativesSpec) -> Tensor:
+def unit_vectors(e: Tensor, spec: NegativesSpec) -> Tensor:
+    """Embeddings [..., D] as the logits take them, unrounded."""
     if not spec.normalize:
         return e
     norm = torch.linalg.vector_norm(e, dim=-1, keepdim=True)
@@ -97,7 +98,7 @@ def negatives(
     num_views, num_samples = len(views), views[0].shape[0]
     scale = scale + 0 * scale  # NaN for an infinite one
     e = torch.stack([view.to(spec.accum_dtype) for view in views])
-    z = _unit(e, spec)
+    z = unit_vectors(e, spec)
     own = (z.unsqueeze(0) * z.unsqueeze(1)).sum(-1)
     ids = data.sample_ids
     if ids is None:
@@ -106,7 +107,7 @@ def negatives(
     # Extra candidates are more columns.
     others = flat.new_empty(0, flat.shape[1])
     if extra.embeddings is not None:
-        others = _unit(extra.embeddings.to(spec.accum_dtype), spec)
+        others = unit_vectors(extra.embeddings.to(spec.accum_dtype), spec)
         others = others.to(spec.compute_dtype).to(spec.accum_dtype)
     x = scale * _product(flat, torch.cat([flat, others]).T)
     mask = torch.cat([dense_mask(spec.candidates, ids), _extra_mask(data, extra, spec, flat)], 1)

@@ -102,8 +102,15 @@ class Road(ABC):
         """
 
     def weight_unit(self, problem: Problem, grad: Tensor) -> Tensor | None:
-        """As the function of this name."""
-        return weight_unit(problem, grad)
+        """The unit in which weights made from ``grad`` are stored; None: 1.
+
+        Weights are about 1 / M^2; below 6e-8 float16 has no numbers. At most 2 * 2^10 is far below
+        its largest.
+        """
+        if problem.compute_dtype != torch.float16:
+            return None
+        unit = grad.abs().amax().mul_(2**-10)
+        return torch.where(unit > 0, unit, 1.0)
 
     @property
     def needs_views(self) -> Sequence[bool]:
@@ -197,16 +204,11 @@ class Road(ABC):
         return share
 
 
-def weight_unit(problem: Problem, grad: Tensor) -> Tensor | None:
-    """The unit in which weights made from ``grad`` are stored; None: 1.
-
-    Weights are about 1 / M^2; below 6e-8 float16 has no numbers. At most 2 * 2^10 is far below
-    its largest.
-    """
-    if problem.compute_dtype != torch.float16:
-        return None
-    unit = grad.abs().amax().mul_(2**-10)
-    return torch.where(unit > 0, unit, 1.0)
+def multiply_(unit: Tensor | None, *sums: Tensor | None) -> None:
+    """By :meth:`Road.weight_unit`, what weights stored in it were added to."""
+    for of in sums:
+        if unit is not None and of is not None:
+            of.mul_(unit)
 
 
 def add_share(share: Tensor | None, part: Tensor | None) -> Tensor | None:
