@@ -9,7 +9,8 @@ Parts, in this order, each written to the JSON as soon as it is measured:
     warmup     kernels compiled ahead for the sizes below, and the seconds it took
     headline   forward, backward and both, and peak memory, of the headline sizes: ours, and the
                best that can be written or installed
-    changes    the default less one of its parts each, in turns, and how far results differ
+    changes    the default less one of its parts each, or with one that is off, in turns, and how
+               far results differ
     graph      small batches: a step at logit scale 100 captured in a CUDA graph and not; equal bits
                in replay and two runs
     speed      as headline at all other sizes, for each backend, dense peers where they fit
@@ -661,7 +662,7 @@ def headline(report: Report) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the default, alone.
+    """A change of the default, alone: a part less, or one that is off.
 
     Attributes:
         predicted: time with it over time without, as forecast before any measurement.
@@ -682,6 +683,15 @@ def _stats_with_the_tiles_warps() -> AbstractContextManager[Any]:
     return patch.dict(tiles.TILES, {row: replace(tiles.TILES[row], stats_warps=None)})
 
 
+def _by_tma(*fields: str) -> AbstractContextManager[Any]:
+    """The large rows with these fields of ``TMA_TILES``."""
+    rows = {
+        row: replace(tiles.TILES[row], **{name: getattr(tile, name) for name in fields})
+        for row, tile in tiles.TMA_TILES.items()
+    }
+    return patch.dict(tiles.TILES, rows)
+
+
 def _rows_without_waves(chip: Any, dim: int, most: int, tile_cols: int) -> int:
     return most
 
@@ -694,7 +704,7 @@ def _launches_of_triton() -> AbstractContextManager[Any]:
 
 
 def changes_known() -> dict[str, Change]:
-    """Each the default less one of its parts, as far as a switch exists."""
+    """The default less one of its parts each, as far as a switch exists, and what is off."""
     return {
         "weights in blocks of 8192 rows, fused 4096": Change(
             "1.06 (products that end with part of a wave)",
@@ -708,6 +718,16 @@ def changes_known() -> dict[str, Change]:
         ),
         "statistics with 8 warps a tile": Change(
             "1.1 (more instructions issued)", _stats_with_the_tiles_warps, LARGE_CASES
+        ),
+        "statistics in strips by TMA": Change(
+            "0.95 to 1 (3997 issue slots a tile become 2488)",
+            partial(_by_tma, "strip"),
+            LARGE_CASES,
+        ),
+        "weights by TMA": Change(
+            "0.97 to 1 (5066 issue slots a tile become 3087)",
+            partial(_by_tma, "tma_warps"),
+            LARGE_CASES,
         ),
         "launches by Triton itself": Change(
             "1.1 or more in small batches",

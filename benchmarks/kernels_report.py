@@ -26,10 +26,13 @@ from typing import Any
 import torch
 
 from benchmarks.record import RESULTS, last_change
-from gcl_kernels.backends.triton.tiles import CHIPS, FUSED_TILES, KIB, TILES, Tile
+from gcl_kernels.backends.triton.tiles import CHIPS, FUSED_TILES, KIB, TILES, TMA_TILES, Tile
 from gcl_kernels.spec import NegativesSpec
 
 TILE_KERNELS = ("stats", "weights", "fused_stats", "fused_weights")
+TMA_KERNELS = ("strips", "left_out", "weights")
+"""Those of ``tiles.TMA_TILES``, which no launch takes by default."""
+
 FOLDS = ("fold", "inner")
 SAMPLE_KERNELS = ("embed", "gradients", "fused_embed", "fused_gradients")
 GCL_VIEWS = {"BASES": (0, 1, None), "CANDIDATES": ((True,) * 3,) * 3}
@@ -55,16 +58,25 @@ class Variant:
     diagonal: bool = True
     ids: bool = False
     options: bool = False
+    tma: bool = False
     dim: int = 1024
 
     @property
     def tile(self) -> Tile:
         table = FUSED_TILES if self.kernel.startswith("fused") else TILES
+        table = TMA_TILES if self.tma else table
         return table[self.chip, self.row]
 
     @property
     def warps(self) -> int:
+        if self.tma and self.kernel == "weights":
+            return self.tile.tma_warps
         return self.tile.warps if self.options else self.tile.warps_of(self.kernel)
+
+    @property
+    def of_tiles(self) -> bool:
+        """Whether a program computes tiles."""
+        return self.kernel not in FOLDS and self.kernel not in SAMPLE_KERNELS
 
     @property
     def products(self) -> str:
@@ -79,7 +91,7 @@ class Variant:
         return "tf32"
 
     def __str__(self) -> str:
-        flags = [flag for flag in ("diagonal", "ids", "options") if getattr(self, flag)]
+        flags = [flag for flag in ("diagonal", "ids", "options", "tma") if getattr(self, flag)]
         products = self.products.replace(" ", "-")
         return "-".join([self.kernel, self.chip, self.row, products, str(self.dim), *flags])
 
@@ -95,6 +107,7 @@ class Resources:
     fma: int
     exponentials: int
     barriers: int
+    tma: int
     instructions: int
 
 
@@ -132,6 +145,12 @@ def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
                     of_options = "small" if kernel == "fused_weights" else "large"
                     if row == of_options and dtype == torch.bfloat16:
                         yield Variant(kernel, chip, row, dtype, options=True)
+        if (chip, "large") in TMA_TILES:
+            for kernel in TMA_KERNELS:
+                for dtype in (torch.bfloat16, torch.float32):
+                    yield Variant(kernel, chip, "large", dtype, tma=True)
+                yield Variant(kernel, chip, "large", torch.bfloat16, tma=True, diagonal=False)
+                yield Variant(kernel, chip, "large", torch.bfloat16, tma=True, ids=True)
         for kernel in FOLDS:
             yield Variant(kernel, chip, "large", torch.float32)
         for kernel in SAMPLE_KERNELS:
@@ -141,7 +160,7 @@ def variants(chips: Iterable[str] = tuple(CHIPS)) -> Iterator[Variant]:
 
 def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     """Types, constants and alignments of a kernel's arguments, as a launch would give them."""
-    from gcl_kernels.backends.triton import stats
+    from gcl_kernels.backends.triton import slots, strips
 
     if variant.kernel in SAMPLE_KERNELS:
         return _sample_signature(variant, kernel)
@@ -156,8 +175,12 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
         "TILE_K": tile_k,
         "EVEN_K": variant.dim % tile_k == 0,
         "PRECISION": "tf32" if variant.products == "tf32" else "ieee",
-        "LINES": stats.FOLD_LINES,
-        "SLOTS": stats.FOLD_SLOTS,
+        "TMA": variant.tma,
+        "STRIP": tile.strip,
+        "STRIPS": strips.LEFT_OUT_STRIPS,
+        "WARPS": variant.warps,
+        "LINES": slots.FOLD_LINES,
+        "SLOTS": slots.FOLD_SLOTS,
         **GCL_VIEWS,
     }
     if not variant.ids:
@@ -165,8 +188,16 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
     if not variant.options:
         tables = ("log_weights_rows", "log_weights_cols", "limits_rows", "limits_cols")
         constants.update(dict.fromkeys(tables))
-    compute = "*" + TRITON_DTYPES[variant.dtype]
-    types = {"z_rows": compute, "z_cols": compute, "out": compute}
+    if not (variant.tma and variant.diagonal):
+        constants["mirror"] = None
+    of_dtype = TRITON_DTYPES[variant.dtype]
+    types = dict.fromkeys(("z_rows", "z_cols", "out"), f"*{of_dtype}")
+    if variant.tma:
+        size, quarter = tile.size, tile.size // 4
+        types = dict.fromkeys(("z_rows", "z_cols"), f"tensordesc<{of_dtype}[{size}, {tile_k}]>")
+        types["out"] = f"tensordesc<{of_dtype}[{size}, {quarter}]>"
+        types["mirror"] = f"tensordesc<{of_dtype}[{quarter}, {size}]>"
+    types["left_out"] = "*i32"
     types.update(dict.fromkeys(("ids_rows", "ids_cols"), "*i64"))
     types.update(dict.fromkeys(("dim", "num_rows", "num_cols", "pitch"), "i32"))
     types.update(dict.fromkeys(("row_start", "col_start", "id_offset", "id_period"), "i32"))
@@ -257,6 +288,7 @@ def _nvidia(compiled: Any) -> Resources:
         fma=_count(r"\bFFMA2?\b", sass),
         exponentials=_count(r"\bMUFU\.EX2\b", sass),
         barriers=_count(r"\bBAR\.", sass),
+        tma=_count(r"\bUTMA(?:LDG|STG)\b", sass),
         instructions=_count(r"^\s*/\*[0-9a-f]{4,}\*/", sass),
     )
 
@@ -277,6 +309,7 @@ def _amd(compiled: Any) -> Resources:
         fma=_count(r"^\s+v_(?:pk_)?fmac?_", assembly),
         exponentials=_count(r"^\s+v_exp_f32", assembly),
         barriers=_count(r"^\s+s_barrier", assembly),
+        tma=0,
         instructions=_count(r"^\s+(?:[vs]|ds|buffer|global)_\w+", assembly),
     )
 
@@ -287,12 +320,22 @@ def inspect(variant: Variant) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gcl_kernels.backends.triton import embeddings, fused_stats, fused_weights, stats, weights
+    from gcl_kernels.backends.triton import (
+        embeddings,
+        fused_stats,
+        fused_weights,
+        slots,
+        stats,
+        strips,
+        weights,
+    )
 
     kernel = {
         "stats": stats.stats_kernel,
+        "strips": strips.strips_kernel,
+        "left_out": strips.left_out_kernel,
         "weights": weights.weights_kernel,
-        "fold": stats.fold_kernel,
+        "fold": slots.fold_kernel,
         "fused_stats": fused_stats.fused_stats_kernel,
         "fused_weights": fused_weights.fused_weights_kernel,
         "inner": fused_weights.inner_kernel,
@@ -310,7 +353,7 @@ def inspect(variant: Variant) -> Resources:
     options = {}
     if variant.kernel in SAMPLE_KERNELS:
         options = {"num_warps": embeddings.WARPS}
-    if variant.kernel in TILE_KERNELS:
+    if variant.of_tiles:
         options = {"num_warps": variant.warps, "num_stages": variant.tile.stages}
     source = ASTSource(kernel, *_signature(variant, kernel))
     compiled = triton.compile(source, target=target, options=options)
@@ -328,23 +371,24 @@ def table(chosen: list[Variant], results: list[Resources]) -> Iterator[str]:
     """A row for each variant, as lines of Markdown."""
     columns = (
         "chip", "kernel", "tile", "warps", "products", "block", "registers", "spilled bytes",
-        "shared KiB", "programs", "matrix", "fma", "ex2", "barriers", "instructions",
+        "shared KiB", "programs", "matrix", "fma", "ex2", "barriers", "tma", "instructions",
     )  # fmt: skip
     yield "| " + " | ".join(columns) + " |"
     yield "|---" * len(columns) + "|"
     for variant, r in zip(chosen, results, strict=True):
         tile, warps, block, fit = "-", "-", "any", "-"
-        if variant.kernel in TILE_KERNELS:
+        if variant.of_tiles:
             tile = f"{variant.tile.size} x {variant.tile.size}"
             warps = str(variant.warps)
             block = "diagonal" if variant.diagonal else "off diagonal"
             block += ", ids" if variant.ids else ""
             block += ", options" if variant.options else ""
+            block += ", TMA" if variant.tma else ""
             fit = str(programs(variant, r))
         row = (
             variant.chip, variant.kernel, tile, warps, variant.products, block, r.registers,
             r.spill_bytes, f"{r.shared_bytes / KIB:.1f}", fit, r.matrix, r.fma, r.exponentials,
-            r.barriers, r.instructions,
+            r.barriers, r.tma, r.instructions,
         )  # fmt: skip
         yield "| " + " | ".join(map(str, row)) + " |"
 
@@ -365,8 +409,9 @@ Written by `make kernels-report`. Compiled, not run: no GPU is needed, and nothi
 D = 1024. Tiles are in rows, of fused kernels in samples; these, and kernels over samples, are
 compiled for `gcl_loss`: image, text and their sum; three views and three pairs. Registers and
 spilled bytes (local memory) are a thread's, shared memory a program's. `programs`: how many fit a
-multiprocessor at a time. `options`: log weights and limits. `matrix`, `fma`, `ex2`, `barriers` and
-`instructions` count the code, not executions.
+multiprocessor at a time. `options`: log weights and limits. `TMA`:
+off by default. `matrix`, `fma`, `ex2`, `barriers`, `tma`
+and `instructions` count the code, not executions.
 
 """
     return head + "\n".join(table(chosen, results)) + "\n"

@@ -145,6 +145,7 @@ class Memory:
     def begin(self, arguments: list[Any]) -> None:
         """Note which bytes the tensors of a launch own."""
         leaves = torch.utils._pytree.tree_leaves(arguments)
+        leaves = [getattr(leaf, "base", leaf) for leaf in leaves]  # of descriptors
         storages = [a.untyped_storage() for a in leaves if isinstance(a, torch.Tensor)]
         owned = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
         self._starts, self._stops = (np.array(ends, np.uint64) for ends in zip(*owned, strict=True))
@@ -200,13 +201,13 @@ def checked_memory(reverse: bool = False) -> Iterator[Memory]:
         call(self, *arguments, **named)
         memory.end()
 
-    def checked_load(self, pointers, mask, *others):
+    def checked_load(self, pointers, mask, *others, **named):
         memory.access(pointers, mask, program(self), writes=False)
-        return load(self, pointers, mask, *others)
+        return load(self, pointers, mask, *others, **named)
 
-    def checked_store(self, pointers, value, mask, *others):
+    def checked_store(self, pointers, value, mask, *others, **named):
         memory.access(pointers, mask, program(self), writes=True)
-        return store(self, pointers, value, mask, *others)
+        return store(self, pointers, value, mask, *others, **named)
 
     def reversed_grid_idx(self, x, *others):
         set_grid_idx(self, self.grid_dim[0] - 1 - x, *others)

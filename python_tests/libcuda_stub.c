@@ -18,13 +18,15 @@ typedef struct {
 } Config;
 
 struct {
-    int sizes[128], num_values; /* of the parameters, set before a launch: a driver knows them */
-    uint64_t values[128];
+    int sizes[128], num_parameters; /* set before a launch: a driver knows them */
+    int num_values;
+    uint64_t values[256]; /* one of a parameter, eight of a tensor map */
     unsigned grid[3], threads, shared, num_launches;
     int opted_in;
     char name[256];
 } stub_launch = {.num_launches = 0};
 
+enum { TENSOR_MAP = 128 }; /* bytes; this driver fills the first half */
 enum { SHARED_OPT_IN = 97, MAJOR = 75, MINOR = 76, MULTIPROCESSORS = 16 };
 
 Result cuLaunchKernelEx(const Config *config, Function *function, void **parameters, void **extra) {
@@ -34,10 +36,14 @@ Result cuLaunchKernelEx(const Config *config, Function *function, void **paramet
     stub_launch.shared = config->shared;
     stub_launch.opted_in = function->opted_in;
     memcpy(stub_launch.name, function->name, sizeof function->name);
-    for (int i = 0; i < stub_launch.num_values; i++) {
-        stub_launch.values[i] = 0;
-        memcpy(&stub_launch.values[i], parameters[i], stub_launch.sizes[i]);
+    uint64_t *value = stub_launch.values;
+    for (int i = 0; i < stub_launch.num_parameters; i++) {
+        int size = stub_launch.sizes[i] == TENSOR_MAP ? 64 : stub_launch.sizes[i];
+        *value = 0;
+        memcpy(value, parameters[i], size);
+        value += (size + 7) / 8;
     }
+    stub_launch.num_values = value - stub_launch.values;
     stub_launch.num_launches++;
     return 0;
 }
@@ -78,6 +84,17 @@ Result cuDeviceGet(int *device, int ordinal) { *device = 0; return 0; }
 Result cuCtxGetDevice(int *device) { *device = 0; return 0; }
 Result cuDeviceGetCount(int *count) { *count = 1; return 0; }
 
+Result cuTensorMapEncodeTiled(uint64_t *map, int type, unsigned rank, void *address,
+                              const uint64_t *shape, const uint64_t *strides, const uint32_t *box,
+                              const uint32_t *element_strides, int interleave, int swizzle,
+                              int promotion, int fill) {
+    if (rank != 2 || interleave != 0 || fill != 0) return 1;
+    uint64_t values[8] = {(uint64_t)address, shape[0], shape[1], strides[0],
+                          box[0], box[1], type, swizzle};
+    memcpy(map, values, sizeof values);
+    return 0;
+}
+
 #define DOES_NOTHING(name) Result name(void) { return 0; }
 DOES_NOTHING(cuInit)
 DOES_NOTHING(cuCtxSetCurrent)
@@ -94,4 +111,3 @@ DOES_NOTHING(cuModuleUnload)
 DOES_NOTHING(cuOccupancyMaxActiveClusters)
 DOES_NOTHING(cuStreamSynchronize)
 DOES_NOTHING(cuTensorMapEncodeIm2col)
-DOES_NOTHING(cuTensorMapEncodeTiled)

@@ -21,8 +21,9 @@ class _Launch(ctypes.Structure):
 
     _fields_ = [
         ("sizes", ctypes.c_int * 128),
+        ("num_parameters", ctypes.c_int),
         ("num_values", ctypes.c_int),
-        ("values", ctypes.c_uint64 * 128),
+        ("values", ctypes.c_uint64 * 256),
         ("grid", ctypes.c_uint * 3),
         ("threads", ctypes.c_uint),
         ("shared", ctypes.c_uint),
@@ -34,7 +35,8 @@ class _Launch(ctypes.Structure):
 
 @dataclass
 class Launch:
-    """What the driver was given: of the parameters ``values``, and their Triton ``types``."""
+    """What the driver was given: of the parameters ``values``, eight of a tensor map, and their
+    Triton ``types``."""
 
     name: str
     grid: tuple[int, ...]
@@ -45,6 +47,9 @@ class Launch:
     values: list[int]
 
 
+TENSOR_MAP = "nvTmaDesc"
+"""What becomes of a descriptor."""
+
 SCRATCH = ["*i8", "*i8"]
 """Parameters that Triton adds: memory of a launch and of a profiler, none here."""
 
@@ -53,10 +58,14 @@ def flat(signature: Any) -> list[str]:
     """Types of the parameters, of a compiled kernel's signature or part of it."""
     if isinstance(signature, tuple):
         return [of for part in signature for of in flat(part)]
+    if signature.startswith("tensordesc"):  # of a matrix: its shape and strides follow
+        return [TENSOR_MAP, "i32", "i32", "i64", "i64"]
     return [] if signature == "constexpr" else [signature]
 
 
 def size_of(kind: str) -> int:
+    if kind == TENSOR_MAP:
+        return 128
     return 8 if kind.startswith("*") or kind.endswith("64") else 4
 
 
@@ -93,14 +102,14 @@ def activate(folder: Path) -> list[Launch]:
 
     def launch(self: Any, *arguments: Any) -> None:
         types, before = self.types_of_parameters, given.num_launches
-        given.num_values = len(types)
+        given.num_parameters = len(types)
         given.sizes[: len(types)] = list(map(size_of, types))
         call(self, *arguments)
         assert given.num_launches == before + 1
         launches.append(
             Launch(
                 given.name.decode(), tuple(given.grid), given.threads, given.shared,
-                given.opted_in, types, given.values[: len(types)],
+                given.opted_in, types, given.values[: given.num_values],
             )
         )  # fmt: skip
 

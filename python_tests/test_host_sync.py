@@ -149,9 +149,9 @@ def launches_of_triton(monkeypatch) -> None:
     """Triton's launchers, as on an H100; what they launch is left out."""
     pytest.importorskip("triton")
     from gcl_kernels.backends.triton import embeddings as of_samples
-    from gcl_kernels.backends.triton import fused_weights, primitives, stats, tiles, weights
+    from gcl_kernels.backends.triton import fused_weights, primitives, slots, stats, tiles, weights
 
-    for module in (of_samples, fused_weights, stats, weights):
+    for module in (of_samples, fused_weights, slots, stats, weights):
         monkeypatch.setattr(module, "start", lambda *_: None)
     for module in (primitives, triton_backend):
         monkeypatch.setattr(module, "device_chip", lambda _: tiles.CHIPS["sm_90"])

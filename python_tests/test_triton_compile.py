@@ -22,6 +22,7 @@ from benchmarks.kernels_report import (
     FOLDS,
     SAMPLE_KERNELS,
     TILE_KERNELS,
+    TMA_KERNELS,
     Resources,
     Variant,
     inspect_all,
@@ -86,6 +87,9 @@ def chosen() -> list[Variant]:
             kept.append(v)
         elif (v.row, v.dtype) == ("small", full) or is_compiled_elsewhere(v):
             continue  # half types take as many bytes
+        elif v.tma:
+            whole = v.chip == "sm_90" and v.kernel != "left_out" and not v.diagonal
+            kept += [v] if v.ids or whole else []
         elif v.options:
             kept += [v] if v.chip in ("sm_90", "gfx942") else []
         elif fused:
@@ -139,14 +143,15 @@ def test_resources(variant, resources):
     assert (used.exponentials > 0) == (variant.kernel not in ("inner", *SAMPLE_KERNELS))
     if variant.kernel in SAMPLE_KERNELS:
         assert used.registers <= 128, "several programs at a time, to keep memory busy"
-    if variant.kernel not in TILE_KERNELS:
+    if not variant.of_tiles:
         return
+    assert (used.tma > 0) == variant.tma
     on_matrix_units = variant.row != "fma"
     if (variant.chip, variant.row) == ("sm_90", "large"):
         assert used.matrix <= 8, "few and wide: HGMMA, not HMMA"
     assert (used.matrix > 0) == on_matrix_units
     assert used.fma > 0 or on_matrix_units
-    if variant.kernel in ("stats", "fused_stats") and variant.dim % 16 == 0:
+    if variant.kernel in ("stats", "strips", "fused_stats") and variant.dim % 16 == 0:
         # The table's arithmetic, to which some chips add barriers or padding.
         assert used.shared_bytes <= tile.shared_bytes(chip) + 2 * KIB
 
@@ -159,12 +164,21 @@ def test_how_many_large_programs_share_a_multiprocessor_of_sm_90(kernel, resourc
         variant
         for variant in CHOSEN
         if (variant.kernel, variant.chip, variant.row) == (kernel, "sm_90", "large")
+        and not variant.tma
         and variant.dtype != torch.float32
     ]
     assert len(checked) == {"stats": 6, "weights": 6, "fused_stats": 2, "fused_weights": 1}[kernel]
     for variant in checked:
         one = kernel.startswith("fused") or variant.options or (kernel == "weights" and variant.ids)
         assert programs(variant, resources[variant]) == (1 if one else 2), str(variant)
+
+
+@pytest.mark.skipif(triton_version() < (3, 8), reason="as above")
+def test_two_programs_by_tma_share_a_multiprocessor_of_sm_90(resources):
+    checked = [variant for variant in CHOSEN if variant.tma and variant.chip == "sm_90"]
+    assert {variant.kernel for variant in checked} == set(TMA_KERNELS)
+    for variant in checked:
+        assert programs(variant, resources[variant]) == 2, str(variant)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +197,7 @@ def test_how_many_large_programs_share_a_multiprocessor_of_sm_90(kernel, resourc
     ],
 )
 def test_programs_of_a_multiprocessor(chip, row, registers, kib, expected):
-    used = Resources(registers, 0, kib * KIB, 0, 0, 0, 0, 0)
+    used = Resources(registers, 0, kib * KIB, 0, 0, 0, 0, 0, 0)
     assert programs(Variant("weights", chip, row, torch.bfloat16), used) == expected
 
 

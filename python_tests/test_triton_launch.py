@@ -11,6 +11,7 @@ import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from interpreter import starts
 from stub_driver import COMPILER, SCRATCH, Launch, activate, build, flat, run_on_stub
 
 from gcl_kernels.backends import triton as triton_backend
-from gcl_kernels.backends.triton.tiles import CHIPS, pick_tile
+from gcl_kernels.backends.triton.tiles import CHIPS, TILES, TMA_TILES, pick_tile
 from gcl_kernels.dispatch import BACKENDS
 from gcl_kernels.spec import BoolTable
 
@@ -37,6 +38,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "log weights and limits": (40, 64, HALF, False, ALL, True),
     "large": (2080, 64, HALF, False, ALL),
     "large, ids": (1024, 80, HALF, True, ALL),
+    "by TMA": (2080, 80, HALF, False, ALL),
 }
 ROADS = {"views": tuple(CASES), "fused": ("one", "ids", "log weights and limits", "large")}
 BLOCK_ROWS, FUSED_BLOCK_ROWS = 3120, 1040
@@ -74,6 +76,12 @@ def passes(
     run_backward(bases, spec, needs, torch.ones(()), results, sample_ids, lines)
 
 
+def run_case(road: str, case: str) -> None:
+    row = ("sm_90", "large")
+    with patch.dict(TILES, {row: TMA_TILES[row]} if case == "by TMA" else {}):
+        passes(road, *CASES[case])
+
+
 def on_sm_90() -> None:
     """Tensors stay on the CPU, and are launched as if on that chip."""
     from gcl_kernels.backends.triton import primitives
@@ -86,6 +94,11 @@ def on_sm_90() -> None:
     triton_backend.FUSED_BLOCK_ROWS = triton_backend.FUSED_STATS_BLOCK_ROWS = FUSED_BLOCK_ROWS
 
 
+TENSOR_MAP_TYPES = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
+SWIZZLES = {32: 1, 64: 2, 128: 3}
+"""CUDA's numbers."""
+
+
 def values_meant(entry: Any, kind: Any) -> list[int]:
     """Of an argument, as many as it has parameters: an address, or a number's bits."""
     if isinstance(kind, tuple):
@@ -94,6 +107,14 @@ def values_meant(entry: Any, kind: Any) -> list[int]:
         return []
     if isinstance(entry, torch.Tensor):
         return [entry.data_ptr()]
+    if kind.startswith("tensordesc"):
+        item, (rows, width) = entry.base.dtype.itemsize, entry.block_shape
+        swizzled = min(width * item, 128)  # bytes of a row of a box
+        tensor_map = [
+            entry.base.data_ptr(), *reversed(entry.shape), entry.strides[0] * item,
+            swizzled // item, rows, TENSOR_MAP_TYPES[entry.base.dtype], SWIZZLES[swizzled],
+        ]  # fmt: skip
+        return [*tensor_map, *entry.shape, *entry.strides]
     return [entry % 2 ** (64 if kind.endswith("64") else 32)]
 
 
@@ -130,14 +151,16 @@ def main(folder: str) -> None:
         embeddings,
         fused_weights,
         launching,
+        slots,
         stats,
+        strips,
         weights,
     )
 
     def everything() -> None:
         for road, cases in ROADS.items():
             for case in cases:
-                passes(road, *CASES[case])
+                run_case(road, case)
 
     compiled_ahead = launching.compile_ahead(everything, torch.zeros(()))
     assert not launches
@@ -160,22 +183,22 @@ def main(folder: str) -> None:
         (launch,), (compiled,) = launches[before:], last
         expected = meant(kernel, compiled, grid, named)
         assert asdict(launch) == asdict(expected), (launch, expected)
-        assert num_parameters(compiled.asm["ptx"]) == len(launch.values)
+        assert num_parameters(compiled.asm["ptx"]) == len(launch.types)
         ids = named.get("ids_rows") is not None
-        programs = tiles_of(named) if "TILE" in named else grid[0]
+        programs = programs_of(named) if "TILE" in named else grid[0]
         assert programs == grid[0], named
         seen.append([kernel.__name__, named.get("DIAGONAL"), ids, named.get("TILE")])
 
     JITFunction.run, CompiledKernel.run = counted_run, property(noted_run)
-    for module in (embeddings, fused_weights, stats, weights):
+    for module in (embeddings, fused_weights, slots, stats, strips, weights):
         module.start = checked_start
     for road, cases in ROADS.items():
         for case in cases:
             seen: list[Any] = []
             try:
-                passes(road, *CASES[case])
+                run_case(road, case)
                 count = len(asked)
-                passes(road, *CASES[case])
+                run_case(road, case)
                 assert len(asked) == count, f"asked of Triton again: {asked[count:]}"
             except Exception:
                 seen.append([traceback.format_exc()])
@@ -189,7 +212,7 @@ def when_triton_is_asked(asked: list[str]) -> dict[str, bool]:
     from triton import knobs
     from triton.runtime import driver
 
-    from gcl_kernels.backends.triton import launching, stats
+    from gcl_kernels.backends.triton import launching, slots
 
     sums, found = torch.zeros(80), {}
     table = torch.zeros(1, 2, 3, 64)
@@ -198,10 +221,10 @@ def when_triton_is_asked(asked: list[str]) -> dict[str, bool]:
     def asks(change: str, sums: torch.Tensor = sums[:64], **options: Any) -> None:
         numbers = (3, 3, 0, 0, 64, 64, 64, 64, 2)
         values = (table, table, *[sums] * 4, *numbers)
-        named = dict(zip(stats.fold_kernel.arg_names, values, strict=False))
-        named |= {"LINES": stats.FOLD_LINES, "SLOTS": stats.FOLD_SLOTS, "num_warps": 4, **options}
+        named = dict(zip(slots.fold_kernel.arg_names, values, strict=False))
+        named |= {"LINES": slots.FOLD_LINES, "SLOTS": slots.FOLD_SLOTS, "num_warps": 4, **options}
         count = len(asked)
-        launching.start(stats.fold_kernel, (2, 1), named)
+        launching.start(slots.fold_kernel, (2, 1), named)
         found[change] = len(asked) > count
 
     asks("nothing")
@@ -217,16 +240,20 @@ def when_triton_is_asked(asked: list[str]) -> dict[str, bool]:
     knobs.runtime.debug = True
     asks("debugging")
     knobs.runtime.debug = False
-    stats.fold_kernel.pre_run_hooks.append(lambda *_, **__: None)
+    slots.fold_kernel.pre_run_hooks.append(lambda *_, **__: None)
     asks("hook")
-    stats.fold_kernel.pre_run_hooks.clear()
+    slots.fold_kernel.pre_run_hooks.clear()
     asks("nothing any more")
     return found
 
 
-def tiles_of(named: dict[str, Any]) -> int:
-    """Tiles of a block: all, or those on and above its diagonal."""
+def programs_of(named: dict[str, Any]) -> int:
+    """Tiles of a block: all, or those on and above its diagonal; or strips of them, and those that
+    look after strips."""
     rows, cols = (-(-named[of] // named["TILE"]) for of in ("num_rows", "num_cols"))
+    if "STRIP" in named:
+        strips = -(-rows // named["STRIP"]) * cols
+        return -(-strips // named["STRIPS"]) if "STRIPS" in named else strips
     return sum(rows - row if named["DIAGONAL"] else cols for row in range(rows))
 
 
@@ -250,7 +277,10 @@ def launches(stub: Path) -> dict[tuple[str, str], list[Any]]:
 @pytest.mark.parametrize(("road", "case"), [(road, case) for road in ROADS for case in ROADS[road]])
 def test_the_driver_is_given_what_was_meant(launches, road, case):
     of_one_number = {"embed_kernel"} if CASES[case][1] == 1 else set()  # PyTorch's
-    assert {name for name, *_ in launches[road, case]} == KERNELS[road] - of_one_number
+    expected = KERNELS[road] - of_one_number
+    if case == "by TMA":
+        expected = expected - {"stats_kernel"} | {"strips_kernel", "left_out_kernel"}
+    assert {name for name, *_ in launches[road, case]} == expected
 
 
 @starts

@@ -36,7 +36,8 @@ from gcl_kernels.backends.triton.primitives import (
     terms,
     tile_of,
 )
-from gcl_kernels.backends.triton.stats import run_stats, write_slot
+from gcl_kernels.backends.triton.slots import write_slot
+from gcl_kernels.backends.triton.stats import run_stats
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import FusedProblem, RowStats, Workspace
 

@@ -44,7 +44,7 @@ from gcl_kernels.backends.triton.primitives import (
     terms,
     tile_of,
 )
-from gcl_kernels.backends.triton.stats import FOLD_NUMBERS, fold, new_tables
+from gcl_kernels.backends.triton.slots import FOLD_NUMBERS, fold, new_tables
 from gcl_kernels.backends.triton.weights import store_tile, weights_of
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import FusedProblem, Lines, Workspace

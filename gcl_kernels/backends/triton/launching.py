@@ -7,6 +7,7 @@ compiled by what decides it, and calls that.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -22,6 +23,7 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 ALIGNMENT = 16
 """Triton asks of a pointer, in bytes, and of a number whether they are multiples of it."""
@@ -52,6 +54,8 @@ class StandIn:
 def _stand_in(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(map(_stand_in, value))
+    if isinstance(value, TensorDescriptor):
+        return dataclasses.replace(value, base=StandIn(value.base))
     return StandIn(value) if isinstance(value, Tensor) else value
 
 
@@ -151,6 +155,8 @@ def _mark(value: Any) -> Any:
         return value
     if kind is tuple:
         return tuple(map(_mark, value))
+    if kind is TensorDescriptor:
+        return value.base.dtype, *value.block_shape
     if ON_AMD:
         in_reach = value.untyped_storage().nbytes() < NUMBER_LIMIT
         return value.dtype, value.data_ptr() % ALIGNMENT, in_reach

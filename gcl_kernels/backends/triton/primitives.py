@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gcl_kernels.backends.triton.tiles import CHIPS, Tile, device_chip, num_tiles, pick_tile
 from gcl_kernels.blocks import Block
@@ -110,6 +111,21 @@ def tile_product(
 
 
 @triton.jit
+def tma_product(
+    z_rows, z_cols, first_row, first_col, dim,
+    TILE: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same of descriptors of all embeddings, from these rows and columns on: zero beyond the
+    last, other embeddings' beyond the block."""
+    product = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for k in range(0, dim, TILE_K):
+        a = z_rows.load([first_row, k])
+        b = z_cols.load([first_col, k])
+        product = tl.dot(a, b.T, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def load_slice(pointers, ks, remaining, EVEN_K: tl.constexpr):
     if EVEN_K:
         part = tl.load(pointers)
@@ -169,18 +185,25 @@ def tile_ids(rows, cols, block, ids):
 def tile_logits(
     z_rows, z_cols, scale, first_row, first_col, block, ids, dim,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """``x`` [TILE, TILE] in float32 of the tile with this corner, counted from the block's; and the
     smallest of it and of what is masked."""
     row_start, col_start, num_rows, num_cols = block
     rows = first_row + tl.arange(0, TILE)
     cols = first_col + tl.arange(0, TILE)
-    # Padding repeats the last row and is masked below: the product's loads need no row mask.
-    global_rows = row_start + tl.minimum(rows, num_rows - 1).to(tl.int64)
-    global_cols = col_start + tl.minimum(cols, num_cols - 1).to(tl.int64)
-    product, _ = tile_product(
-        z_rows, z_cols, global_rows, None, global_cols, dim, TILE_K, EVEN_K, PRECISION
-    )
+    if TMA:
+        product = tma_product(
+            z_rows, z_cols, row_start + first_row, col_start + first_col, dim,
+            TILE, TILE_K, PRECISION,
+        )  # fmt: skip
+    else:
+        # Padding repeats the last row and is masked below: the product's loads need no row mask.
+        global_rows = row_start + tl.minimum(rows, num_rows - 1).to(tl.int64)
+        global_cols = col_start + tl.minimum(cols, num_cols - 1).to(tl.int64)
+        product, _ = tile_product(
+            z_rows, z_cols, global_rows, None, global_cols, dim, TILE_K, EVEN_K, PRECISION
+        )
     x = product * scale
     low = tl.min(x)
     if needs_mask(first_row, first_col, block, ids, TILE):
@@ -228,6 +251,12 @@ def split_columns(y, TILE: tl.constexpr):
     left_0, left_1 = tl.split(tl.reshape(left, (TILE, TILE // 2, 2)))
     right_0, right_1 = tl.split(tl.reshape(right, (TILE, TILE // 2, 2)))
     return left_0, left_1, right_0, right_1
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -342,6 +371,15 @@ def combine(of_0, of_1, coefficients, BASE: tl.constexpr, AXIS: tl.constexpr):
             + tl.expand_dims(coefficients[1], 1 - AXIS) * of_1
         )
     return combined
+
+
+def operands_by_tma(problem: Problem, tile: Tile) -> dict[str, TensorDescriptor]:
+    """``z_rows`` and ``z_cols`` as descriptors."""
+    shape = [tile.size, tile.slice_elements(problem.compute_dtype)]
+    rows = cols = TensorDescriptor.from_tensor(problem.z_rows, shape)
+    if problem.z_cols is not problem.z_rows:
+        cols = TensorDescriptor.from_tensor(problem.z_cols, shape)
+    return {"z_rows": rows, "z_cols": cols}
 
 
 def launch(problem: Problem, block: Block, small: bool = False) -> tuple[int, Tile, dict[str, Any]]:

@@ -27,6 +27,9 @@ import torch
 
 KIB = 1024
 
+STATS_KERNELS = ("stats", "strips", "left_out")
+"""Those that share a number of warps."""
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -71,6 +74,10 @@ class Tile:
         reason: why they are what they are.
         bases: embeddings of a row and of a column: two where views are fused.
         stats_warps: of ``stats``, where it takes another number.
+        strip: tiles that one program of ``stats`` computes, one below the other, from operands that
+            arrive by TMA; 0: a single one, by pointers.
+        tma_warps: of ``weights`` whose operands arrive and whose results leave by TMA; 0: by
+            pointers.
     """
 
     size: int
@@ -80,10 +87,12 @@ class Tile:
     reason: str
     bases: int = 1
     stats_warps: int | None = None
+    strip: int = 0
+    tma_warps: int = 0
 
     def warps_of(self, kernel: str) -> int:
         """Warps of a program of this kernel."""
-        return self.stats_warps or self.warps if kernel == "stats" else self.warps
+        return self.stats_warps or self.warps if kernel in STATS_KERNELS else self.warps
 
     def shared_bytes(self, chip: Chip) -> int:
         """Bytes of shared memory that the product takes on this chip."""
@@ -130,9 +139,19 @@ TILES: dict[tuple[str, str], Tile] = {
     for row, tile in zip(("large", "small", "fma"), tiles, strict=False)
 }  # fmt: skip
 
+TMA_TILES = {
+    ("sm_90", "large"): replace(TILES["sm_90", "large"], strip=8, tma_warps=4),
+    ("sm_100", "large"): replace(TILES["sm_100", "large"], strip=8, tma_warps=8),
+}
+"""Rows with which statistics take strips, and weights TMA: off until a GPU has measured them.
+Strips of 8 reduce columns an eighth as often; ``weights`` by TMA have no addresses to compute, so
+that 4 warps suffice on sm_90, and two programs fit with ids too."""
+
 
 def _fused(chip: str, row: str, tile: Tile) -> Tile:
-    half = replace(tile, size=tile.size // 2, bases=2, stats_warps=None)
+    half = replace(
+        tile, size=tile.size // 2, bases=2, stats_warps=None, strip=0, tma_warps=0
+    )  # fmt: skip
     if row == "large":
         return replace(
             half, reason="64 x 64 samples are 128 x 128 products: operands, buffers and sums of a "

@@ -19,28 +19,28 @@ its rows are padded to an aligned pitch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gcl_kernels.backends.triton.launching import start
 from gcl_kernels.backends.triton.primitives import (
     exponential,
+    halves,
     launch,
     load_lines,
+    operands_by_tma,
     terms,
     tile_logits,
     tile_of,
 )
+from gcl_kernels.backends.triton.tiles import Tile
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import Lines, Problem, Workspace
-
-
-@triton.jit
-def halves(x):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -79,11 +79,12 @@ def store_tile(out, tile, rows, cols, num_rows, pitch):
 @triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "id_offset", "id_period"])
 def weights_kernel(
     z_rows, z_cols, ids_rows, ids_cols, scale, lse_rows, lse_cols, grad_rows, grad_cols, out,
-    log_weights_rows, log_weights_cols, limits_rows, limits_cols,
+    mirror, log_weights_rows, log_weights_cols, limits_rows, limits_cols,
     pitch, row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
     ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     block = row_start, col_start, num_rows, num_cols
     ids = ids_rows, ids_cols, id_offset, id_period
@@ -92,7 +93,7 @@ def weights_kernel(
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
     x, _ = tile_logits(
         z_rows, z_cols, tl.load(scale), tile_row * TILE, tile_col * TILE, block, ids, dim,
-        TILE, TILE_K, EVEN_K, PRECISION,
+        TILE, TILE_K, EVEN_K, PRECISION, TMA,
     )  # fmt: skip
     rows = tile_row * TILE + tl.arange(0, TILE)
     of_rows = row_start, rows, num_rows, num_rows
@@ -113,11 +114,37 @@ def weights_kernel(
             terms(x, (limits_rows, log_weights_cols), of_rows, of_cols, 0, 0, 0),
             terms(x, (limits_cols, log_weights_rows), of_cols, of_rows, 0, 0, 1),
             lse_p, lse_q, g_p, g_q, SERVES_ROWS, SERVES_COLS,
-        ).to(out.dtype.element_ty)  # fmt: skip
-        store_tile(out, h, rows, cols, num_rows, pitch)
-        if DIAGONAL:
-            if tile_row != tile_col:
-                store_tile(out, tl.trans(h), cols, rows, num_rows, pitch)
+        )  # fmt: skip
+        if TMA:
+            h = h.to(out.dtype)
+            first_col = tile_col * TILE + quarter * QUARTER
+            out.store([tile_row * TILE, first_col], h)
+            if DIAGONAL:
+                if tile_row != tile_col:
+                    mirror.store([first_col, tile_row * TILE], tl.trans(h))
+        else:
+            h = h.to(out.dtype.element_ty)
+            store_tile(out, h, rows, cols, num_rows, pitch)
+            if DIAGONAL:
+                if tile_row != tile_col:
+                    store_tile(out, tl.trans(h), cols, rows, num_rows, pitch)
+
+
+def _by_tma(problem: Problem, tile: Tile, out: Tensor, diagonal: bool) -> dict[str, Any]:
+    """What of the arguments differs where embeddings arrive and weights leave by TMA."""
+    num_rows, pitch = out.shape[0], out.stride(0)
+
+    def stored(*shape: int) -> TensorDescriptor:
+        # As wide as its pitch: what pads it is written too.
+        return TensorDescriptor(out, [num_rows, pitch], [pitch, 1], list(shape))
+
+    return {
+        **operands_by_tma(problem, tile),
+        "out": stored(tile.size, tile.size // 4),
+        "mirror": stored(tile.size // 4, tile.size) if diagonal else None,
+        "TMA": True,
+        "num_warps": tile.tma_warps,
+    }
 
 
 def block_weights(
@@ -125,11 +152,13 @@ def block_weights(
 ) -> Tensor:
     """One launch; the result is valid until the next call with this workspace."""
     out = workspace.tile(0, block.shape, problem.compute_dtype)
-    programs, _, arguments = launch(problem, block)
+    programs, tile, arguments = launch(problem, block)
     arguments |= {
         "lse_rows": rows.lse, "lse_cols": cols.lse, "grad_rows": rows.grad, "grad_cols": cols.grad,
-        "out": out, "pitch": out.stride(0),
+        "out": out, "mirror": None, "pitch": out.stride(0), "TMA": False,
     }  # fmt: skip
+    if tile.tma_warps and not problem.one_sided:
+        arguments |= _by_tma(problem, tile, out, block.diagonal)
     with torch.cuda.device_of(out):
         start(weights_kernel, (programs,), arguments)
     return out
