@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILT_FROM := pyproject.toml setup.py build_extensions.py $(wildcard csrc/cpu/*)
 
-INTERPRETED := $(patsubst %,python_tests/test_%.py,contract candidates score_fusion kernels embeddings triton triton_fused)
+INTERPRETED := $(patsubst %,python_tests/test_%.py,contract candidates score_fusion kernels embeddings triton triton_fused triton_tma)
 
 # Of the packages installed, most modules are never imported: each is compiled when it first is.
 export PYTHONDONTWRITEBYTECODE :=

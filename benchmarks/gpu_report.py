@@ -676,6 +676,7 @@ class Change:
 
 
 LARGE_CASES = (("gcl", 32768, 768), ("clip", 32768, 768))
+FUSED_CASES = (("fused", 32768, 768),)
 
 
 def _stats_with_the_tiles_warps() -> AbstractContextManager[Any]:
@@ -709,7 +710,7 @@ def changes_known() -> dict[str, Change]:
         "weights in blocks of 8192 rows, fused 4096": Change(
             "1.06 (products that end with part of a wave)",
             partial(patch.object, triton_backend, "wave_rows", _rows_without_waves),
-            (*LARGE_CASES, ("fused", 32768, 768)),
+            (*LARGE_CASES, *FUSED_CASES),
         ),
         "statistics in blocks of 8192 rows": Change(
             "1.05 (each block's last programs alone)",
@@ -728,6 +729,21 @@ def changes_known() -> dict[str, Change]:
             "0.97 to 1 (5066 issue slots a tile become 3087)",
             partial(_by_tma, "tma_warps"),
             LARGE_CASES,
+        ),
+        "score fusion's bases in one product of the tile": Change(
+            "0.95 to 1.05 (HGMMA 64x128, and 2 to 5 % more issued)",
+            lambda: patch.dict(tiles.FUSED_TILES, tiles.DEALT_TILES),
+            FUSED_CASES,
+        ),
+        "score fusion's weights as one matrix": Change(
+            "0.95 (two products a block in place of eight)",
+            lambda: patch.object(BACKENDS["triton"], "joins_bases", True),
+            FUSED_CASES,
+        ),
+        "tiles kept between the passes, 128 MiB": Change(
+            "0.9 to 1 (a product in four, for 8 bytes a logit)",
+            lambda: patch.object(BACKENDS["triton"], "keeps_tiles", True),
+            (("gcl", 1024, 768), ("clip", 4096, 768), ("fused", 1024, 768)),
         ),
         "launches by Triton itself": Change(
             "1.1 or more in small batches",

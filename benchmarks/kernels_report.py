@@ -176,6 +176,8 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
         "EVEN_K": variant.dim % tile_k == 0,
         "PRECISION": "tf32" if variant.products == "tf32" else "ieee",
         "TMA": variant.tma,
+        "DEALT": tile.dealt,
+        "kept": None,
         "STRIP": tile.strip,
         "STRIPS": strips.LEFT_OUT_STRIPS,
         "WARPS": variant.warps,
@@ -199,10 +201,11 @@ def _signature(variant: Variant, kernel: Any) -> tuple[dict, dict, dict]:
         types["mirror"] = f"tensordesc<{of_dtype}[{quarter}, {size}]>"
     types["left_out"] = "*i32"
     types.update(dict.fromkeys(("ids_rows", "ids_cols"), "*i64"))
-    types.update(dict.fromkeys(("dim", "num_rows", "num_cols", "pitch"), "i32"))
+    types.update(dict.fromkeys(("dim", "num_rows", "num_cols", "pitch", "width"), "i32"))
     types.update(dict.fromkeys(("row_start", "col_start", "id_offset", "id_period"), "i32"))
     types.update(dict.fromkeys(("row_slots", "col_slots", "row_programs"), "i32"))
     types.update(dict.fromkeys(("row_samples", "col_samples"), "i32"))
+    types.update(dict.fromkeys(("of_base", "of_other_base"), "i32"))
     signature, values, alignments = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -24,10 +24,11 @@ From 32 MiB on, glibc returns memory to the system at once: the page faults of e
 more than the product where D is 256 or less, measured."""
 
 
-def empty_kept(num_products: int, scale: Tensor) -> Tensor:
-    """Memory for tiles that stay between the passes, where there are so many products."""
+def empty_kept(num_products: int, scale: Tensor, most: int | None = None) -> Tensor:
+    """Memory for tiles that stay between the passes, where there are so many products; ``most`` of
+    them, or ``KEPT_ELEMENTS``."""
     least = min if isinstance(num_products, int) else torch.sym_min
-    return scale.new_empty(least(num_products, KEPT_ELEMENTS))
+    return scale.new_empty(least(num_products, most or KEPT_ELEMENTS))
 
 
 def all_kept(num_products: int) -> bool:
@@ -265,6 +266,8 @@ class Workspace:
         kept: memory of any size that outlives the pass, in the accumulation dtype, or None. The
             tiles of the first blocks lie in it, as many as fit; what they hold is the backend's.
         leading: dimensions of a kept tile before its block's two.
+        joined: tiles [2, 2, P, Q] of a product's two bases a side lie as one matrix, rows of a base
+            below the other's, columns beside the other's.
 
     Attributes:
         kept_elements: of ``kept``, those that lie in tiles: the first.
@@ -276,8 +279,10 @@ class Workspace:
         plan: Sequence[Block],
         kept: Tensor | None = None,
         leading: tuple[int, ...] = (),
+        joined: bool = False,
     ) -> None:
-        self._device = device
+        self._device, self._joined = device, joined
+        self._beside: dict[tuple[int, int, int], Tensor] = {}
         self._plan = plan
         self._slots: dict[tuple[int, torch.dtype], Tensor] = {}
         self._tiles: dict[tuple[int, tuple[int, ...], torch.dtype], Tensor] = {}
@@ -311,10 +316,25 @@ class Workspace:
         strides, size = [pitch, 1], rows * pitch
         for length in reversed(leading):
             strides, size = [size, *strides], size * length
+        if self._joined and leading == [2, 2]:
+            strides = [2 * rows * pitch, pitch, 2 * pitch, 1]
         # One call where a slice, a view and a slice are three: they are what a small batch costs.
         tile = buffer.as_strided(shape, strides)
         self._tiles[slot, shape, dtype] = tile
         return tile
+
+    def both_bases(self, z: Tensor, rows: slice, count: int) -> Tensor:
+        """Rows of either base of ``z`` [2, N, D], ``count`` of them, below the other's: what a
+        joined tile multiplies. Beyond the last zeros. A copy, unless these are all rows."""
+        if rows.stop - rows.start == count == z.shape[1]:
+            return z.flatten(0, 1)
+        key = (z.data_ptr(), rows.start, count)
+        if key not in self._beside:
+            given = z[:, rows]
+            padded = z.new_zeros(2, count, z.shape[2])
+            padded[:, : given.shape[1]] = given
+            self._beside[key] = padded.flatten(0, 1)
+        return self._beside[key]
 
 
 def _pitch(cols: int) -> int:

@@ -110,7 +110,8 @@ def write_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
+    add = accumulator.baddbmm_ if a.dim() == 3 else accumulator.addmm_
+    add(a.to(accumulator.dtype), b.to(accumulator.dtype))
 
 
 def emulate_half_products(patch: pytest.MonkeyPatch) -> None:

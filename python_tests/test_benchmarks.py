@@ -320,7 +320,7 @@ def test_pictures_show_a_record(tmp_path: Path):
     assert len(points_of(overview, figures.STYLES["gcl_kernels"].color)) == 2
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu_avx2", "cpu_avx2_small"])
+@pytest.mark.parametrize("name", ["cpu", "cpu_avx2"])
 def test_committed_records_can_be_drawn(tmp_path: Path, name: str):
     for picture in figures.draw(record.RESULTS / f"{name}.json", tmp_path):
         assert points_of(picture, figures.STYLES["gcl_kernels"].color)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +302,57 @@ def test_more_than_2_to_the_31_elements():
     x.fill_diagonal_(-torch.inf)
     lse = stats.sum[last].log() + stats.max[last]
     assert error(lse, x.logsumexp(1)) < 1e-5
+
+
+# --- Kept tiles: off -----------------------------------------------------------------------------
+
+
+def loss_and_gradients(views: int, n: int, **options: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(n, 24, generator=generator).to(DEVICE) for _ in range(views)]
+    leaves += [torch.tensor(30.0, device=DEVICE)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    *of_views, scale = leaves
+    options = {"logit_scale": scale, "backend": "triton", **options}
+    loss = gcl_kernels.gcl_loss(*of_views, **options)
+    loss.backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@runs
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sample_ids": torch.arange(50) // 2}, {"false_negative_margin": 0.0}],
+    ids=["default", "ids", "limits"],
+)
+@pytest.mark.parametrize(
+    ("views", "rows", "kept"),
+    [(3, 8192, 1 << 20), (3, 64, 5000), (2, 8192, 1 << 20), (2, 32, 5000)],
+)
+def test_kept_tiles_change_no_bit(views, rows, kept, options, monkeypatch):
+    """All of them, and those of the first blocks alone."""
+    from gcl_kernels.backends.triton import fused_weights, weights
+
+    options = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in options.items()}
+    module, name = (weights, "BLOCK_ROWS") if views == 3 else (fused_weights, "FUSED_BLOCK_ROWS")
+    for stats in ("", "STATS_"):
+        attribute = name.replace("BLOCK", f"{stats}BLOCK")
+        monkeypatch.setattr(triton_backend, attribute, rows)
+    expected = loss_and_gradients(views, 50, **options)
+    start, launched = module.start, []
+
+    def noting(kernel: Any, grid: tuple[int, ...], named: dict[str, Any]) -> None:
+        if "kept" in named:
+            launched.append(named["kept"] is not None)
+        start(kernel, grid, named)
+
+    monkeypatch.setattr(module, "start", noting)
+    monkeypatch.setattr(TRITON.backend, "keeps_tiles", True)
+    monkeypatch.setattr(TRITON.backend, "kept_elements", kept)
+    got = loss_and_gradients(views, 50, **options)
+    assert all(map(torch.equal, got, expected))
+    assert any(launched) and all(launched) == (rows > 100)
 
 
 # --- Memory --------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from block_checks import FUSED_CASES, TRITON, check_fused_block_functions, fused_results
-from interpreter import checked_memory, run_file, runs, starts, watches_memory
+from block_checks import FUSED_CASES, TRITON, check_fused_block_functions, error, fused_results
+from interpreter import DEVICE, checked_memory, run_file, runs, starts, watches_memory
 
+import gcl_kernels
+from gcl_kernels.backends import triton as triton_backend
 from gcl_kernels.backends.triton import tiles
 
 
@@ -58,6 +60,55 @@ def test_every_tile_size(name, row, monkeypatch):
     monkeypatch.setattr(primitives, "pick_tile", lambda *arguments: tile)
     case = replace(FUSED_CASES[name], num_samples=100, block_rows=80)
     check_fused_block_functions(TRITON, case, torch.float32)
+
+
+@runs
+@pytest.mark.parametrize("row", ["large", "small"])
+@pytest.mark.parametrize("name", ["rows not aligned", "ids", "one-sided candidates"])
+def test_bases_dealt_to_rows_of_one_product(name, row, monkeypatch):
+    """Off in the table of tiles."""
+    from gcl_kernels.backends.triton import primitives
+
+    tile = replace(tiles.FUSED_TILES["sm_80", row], dealt=True)
+    monkeypatch.setattr(primitives, "pick_tile", lambda *arguments: tile)
+    case = replace(FUSED_CASES[name], num_samples=100, block_rows=80)
+    check_fused_block_functions(TRITON, case, torch.float32)
+
+
+def fused_gradients(n: int, frozen: tuple[int, ...], ids: bool) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(n, 16, generator=generator) for _ in range(2)]
+    values += [torch.tensor(of) for of in (20.0, 1.0, 0.5)]
+    leaves = [of.to(DEVICE).requires_grad_(i not in frozen) for i, of in enumerate(values)]
+    e_i, e_t, scale, *weights = leaves
+    sample_ids = torch.arange(n, device=DEVICE) // 2 if ids else None
+    gcl_kernels.gcl_loss(
+        e_i, e_t, logit_scale=scale, fusion_weights=weights, backend="triton", sample_ids=sample_ids
+    ).backward()
+    return [leaf.grad for leaf in leaves if leaf.requires_grad]
+
+
+@runs
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize(("n", "rows"), [(64, 32), (75, 32), (75, 40), (64, 4096), (75, 4096)])
+def test_weights_of_both_bases_as_one_matrix(n, rows, frozen, monkeypatch):
+    """Off. One block, several, the last of another width, and a width that is padded."""
+    monkeypatch.setattr(triton_backend, "FUSED_BLOCK_ROWS", rows)
+    expected = fused_gradients(n, frozen, n == 75)
+    products = []
+    add_product = TRITON.backend.add_product
+
+    def counted(accumulator, a, b):
+        products.append(a.dim())
+        add_product(accumulator, a, b)
+
+    monkeypatch.setattr(TRITON.backend, "joins_bases", True)
+    monkeypatch.setattr(TRITON.backend, "add_product", counted)
+    joined = fused_gradients(n, frozen, n == 75)
+    for got, wanted in zip(joined, expected, strict=True):
+        assert error(got, wanted) < 1e-6
+    blocks = -(-n // rows)
+    assert products == [3] * (blocks**2 if len(frozen) < 2 else 0)
 
 
 SAME_ACCESSES = {

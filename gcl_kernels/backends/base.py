@@ -50,16 +50,22 @@ class Backend:
     Attributes:
         fuses_scores: it has block functions of score fusion. Without them the fused embeddings are
             formed, as a third view like any other.
+        joins_bases: the weights of score fusion are one matrix a block, for one batched product a
+            side where there would be four; a copy of the embeddings is then made in each backward
+            pass, unless they are one block.
         makes_losses: it has :meth:`loss`, for small batches.
         keeps_tiles: the first tiles stay in memory between the passes, see ``problem``.
+        kept_elements: of them at most, if not as many as there.
         halves_diagonal: if not 0, it computes both halves of a block on the diagonal, which are
             equal; the plan then cuts these blocks finer, of several each, and one that is alone
             from this many rows on.
     """
 
     fuses_scores = True
+    joins_bases = False
     makes_losses = False
     keeps_tiles = False
+    kept_elements: int | None = None
     halves_diagonal = 0
 
     def why_unavailable(self) -> str | None:
@@ -168,9 +174,13 @@ class Backend:
             torch.mm(a, b, out=out)
 
     def add_product(self, accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-        """``accumulator += a @ b``, likewise."""
+        """``accumulator += a @ b``, likewise; of matrices, or of batches of them."""
+        batched = a.dim() == 3
         if a.dtype in HALF_DTYPES:
-            torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
+            add = torch.baddbmm if batched else torch.addmm
+            add(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
+        elif batched:
+            accumulator.baddbmm_(a, b)
         else:
             accumulator.addmm_(a, b)
 

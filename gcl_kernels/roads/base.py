@@ -174,7 +174,7 @@ class Road(ABC):
             return scale.new_empty(0)
         num_samples, candidates, per_view = self.geometry
         most = most_elements(num_samples, candidates, self._block_rows(False), per_view)
-        return empty_kept(math.prod(self.tiles) * most, scale)
+        return empty_kept(math.prod(self.tiles) * most, scale, self.backend.kept_elements)
 
     def statistics(
         self, problem: Problem, plan: Plan, kept: Tensor | None
@@ -197,7 +197,8 @@ class Road(ABC):
         self, problem: Problem, plan: Plan, kept: Tensor | None, sides: Sides, once: bool = False
     ) -> Tensor | None:
         """Add all blocks' gradients, as :meth:`add_block`."""
-        workspace = Workspace(problem.z_rows.device, plan, kept, self.tiles)
+        joined = self.backend.joins_bases
+        workspace = Workspace(problem.z_rows.device, plan, kept, self.tiles, joined)
         share = None
         for block in plan:
             share = add_share(share, self.add_block(problem, block, sides, workspace, once))

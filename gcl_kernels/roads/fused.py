@@ -112,6 +112,9 @@ class Fused(Road):
         rows, cols = sides
         fused = cast(FusedProblem, problem)
         f = self.backend.fused_block_weights(fused, block, rows, cols, workspace)
+        if self.backend.joins_bases:
+            self._add_joined(problem, block, f, sides, workspace)
+            return None
         for b in range(2):
             if not self.needs_bases[b]:
                 continue
@@ -122,6 +125,28 @@ class Fused(Road):
                     z_rows = problem.z_rows[c, block.rows]
                     self.backend.add_product(cols.sums[b, block.cols], f[c, b].t(), z_rows)
         return None
+
+    def _add_joined(
+        self, problem: Problem, block: Block, f: Tensor, sides: Sides, workspace: Workspace
+    ) -> None:
+        """The same of ``F`` as one matrix [2 P, 2 Q], a batch of two products a side."""
+        rows, cols = sides
+        (num_rows, num_cols), pitch = block.shape, f.stride(2)
+        needed = slice(0 if self.needs_bases[0] else 1, 2 if self.needs_bases[1] else 1)
+        count = needed.stop - needed.start
+        if count < 1:
+            return
+
+        def add(sums: Tensor, weights: Tensor, z: Tensor, of: slice, padded: int) -> None:
+            by = workspace.both_bases(z, of, padded).expand(count, -1, -1)
+            self.backend.add_product(sums, weights[needed], by)
+
+        width = pitch // 2
+        by_rows = f.as_strided((2, num_rows, pitch), (num_rows * pitch, pitch, 1))
+        add(rows.sums[needed, block.rows], by_rows, problem.z_cols, block.cols, width)
+        if not block.diagonal:
+            by_cols = f.as_strided((2, num_cols, 2 * num_rows), (width, 1, pitch))
+            add(cols.sums[needed, block.cols], by_cols, problem.z_rows, block.rows, num_rows)
 
     def weight_unit(self, problem: Problem, grad: Tensor) -> Tensor | None:
         unit = super().weight_unit(problem, grad)

@@ -33,6 +33,7 @@ from gcl_kernels.backends.triton.primitives import (
     half_columns,
     load_coefficients,
     masked,
+    store_tile,
     terms,
     tile_of,
 )
@@ -241,14 +242,27 @@ def tile_stats(
         )  # fmt: skip
 
 
+@triton.jit
+def store_products(kept, products, rows, first_col, block, TILE: tl.constexpr):
+    """To [2, 2, rows, columns of the block], for ``load_products``."""
+    num_rows, num_cols = block[2], block[3]
+    part = num_rows.to(tl.int64) * num_cols
+    for half in tl.static_range(2):
+        cols = first_col + half * (TILE // 2) + tl.arange(0, TILE // 2)
+        for at in tl.static_range(4):
+            y = products[half][at]
+            store_tile(kept + at * part, y, rows, cols, num_rows, num_cols, num_cols)
+
+
 @triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "num_cols", "id_offset",
                                "id_period", "row_samples", "col_samples"])  # fmt: skip
 def fused_stats_kernel(
     z_rows, z_cols, coefficients_rows, coefficients_cols, ids_rows, ids_cols, scale,
-    row_table, col_table, log_weights_rows, log_weights_cols, limits_rows, limits_cols,
+    row_table, col_table, kept, log_weights_rows, log_weights_cols, limits_rows, limits_cols,
     row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
     BASES: tl.constexpr, CANDIDATES: tl.constexpr, ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    DEALT: tl.constexpr,
 ):  # fmt: skip
     block, samples = (row_start, col_start, num_rows, num_cols), (row_samples, col_samples)
     ids = ids_rows, ids_cols, id_offset, id_period
@@ -257,9 +271,11 @@ def fused_stats_kernel(
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
     s = tl.load(scale)
     row_side, of_rows, products, needs = fused_tile(
-        z_rows, z_cols, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
-        BASES, TILE, TILE_K, EVEN_K, PRECISION,
+        z_rows, z_cols, None, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
+        BASES, TILE, TILE_K, EVEN_K, PRECISION, DEALT,
     )  # fmt: skip
+    if kept is not None:
+        store_products(kept, products, row_side[1], tile_col * TILE, block, TILE)
     tables = row_table, col_table
     tiles = tile_row, num_row_tiles, tile_col, num_col_tiles
     for_rows = limits_rows, log_weights_cols
@@ -291,4 +307,4 @@ def fused_block_stats(
     problem: FusedProblem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
 ) -> None:
     """As :meth:`Backend.fused_block_stats`."""
-    run_stats(fused_stats_kernel, problem, block, rows, cols, len(problem.bases))
+    run_stats(fused_stats_kernel, problem, block, rows, cols, workspace, len(problem.bases))

@@ -41,11 +41,12 @@ from gcl_kernels.backends.triton.primitives import (
     launch,
     load_lines,
     masked,
+    store_tile,
     terms,
     tile_of,
 )
 from gcl_kernels.backends.triton.slots import FOLD_NUMBERS, fold, new_tables
-from gcl_kernels.backends.triton.weights import store_tile, weights_of
+from gcl_kernels.backends.triton.weights import weights_of
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import FusedProblem, Lines, Workspace
 
@@ -110,11 +111,13 @@ def column_view(
                                "id_period", "row_samples", "col_samples"])  # fmt: skip
 def fused_weights_kernel(
     z_rows, z_cols, coefficients_rows, coefficients_cols, ids_rows, ids_cols, scale,
-    lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table,
-    log_weights_rows, log_weights_cols, limits_rows, limits_cols, pitch,
+    lse_rows, lse_cols, grad_rows, grad_cols, out, row_table, col_table, kept,
+    log_weights_rows, log_weights_cols, limits_rows, limits_cols,
+    pitch, width, of_base, of_other_base,
     row_start, col_start, num_rows, num_cols, row_samples, col_samples, dim, id_offset, id_period,
     BASES: tl.constexpr, CANDIDATES: tl.constexpr, ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    DEALT: tl.constexpr,
 ):  # fmt: skip
     block, samples = (row_start, col_start, num_rows, num_cols), (row_samples, col_samples)
     ids = ids_rows, ids_cols, id_offset, id_period
@@ -123,8 +126,8 @@ def fused_weights_kernel(
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
     s = tl.load(scale)
     row_side, of_rows, products, needs = fused_tile(
-        z_rows, z_cols, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
-        BASES, TILE, TILE_K, EVEN_K, PRECISION,
+        z_rows, z_cols, kept, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
+        BASES, TILE, TILE_K, EVEN_K, PRECISION, DEALT,
     )  # fmt: skip
     for_rows = limits_rows, log_weights_cols
     for_cols = limits_cols, log_weights_rows
@@ -136,7 +139,7 @@ def fused_weights_kernel(
     for v in tl.static_range(len(BASES)):
         row_terms = row_terms + (load_view(lse_rows, grad_rows, row_side, v),)
         row_inner = row_inner + (tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32))
-    part = pitch.to(tl.int64) * num_rows
+    of_base = of_base.to(tl.int64)
     # Half of the columns at a time: F of all would not fit the registers beside the products.
     for half in tl.static_range(2):
         col_side, of_cols, mask = half_columns(
@@ -181,13 +184,15 @@ def fused_weights_kernel(
                         write_inner(col_table, 2 * w + c, tile_row, num_row_tiles, col_side, col_c)
             f_0 = f_0.to(out.dtype.element_ty)
             f_1 = f_1.to(out.dtype.element_ty)
-            store_tile(out + c * part, f_0, rows, cols, num_rows, pitch)
-            store_tile(out + (2 + c) * part, f_1, rows, cols, num_rows, pitch)
+            part = out + c * of_other_base
+            store_tile(part, f_0, rows, cols, num_rows, pitch, width)
+            store_tile(part + of_base, f_1, rows, cols, num_rows, pitch, width)
             if DIAGONAL:
                 if mirrored:
-                    mirror = out + 2 * c * part
-                    store_tile(mirror, tl.trans(f_0), cols, rows, num_rows, pitch)
-                    store_tile(mirror + part, tl.trans(f_1), cols, rows, num_rows, pitch)
+                    part = out + c * of_base
+                    store_tile(part, tl.trans(f_0), cols, rows, num_rows, pitch, width)
+                    part += of_other_base
+                    store_tile(part, tl.trans(f_1), cols, rows, num_rows, pitch, width)
     for v in tl.static_range(len(BASES)):
         for b in tl.static_range(2):
             if BASES[v] is None or BASES[v] == b:
@@ -241,12 +246,15 @@ def fused_block_weights(
 ) -> Tensor:
     """Two launches; the result is valid until the next call with this workspace."""
     out = workspace.tile(0, (2, 2, *block.shape), problem.compute_dtype)
-    # With log weights and limits the large tile would spill on the diagonal.
-    programs, tile, arguments = launch(problem, block, small=problem.one_sided)
+    # With log weights and limits, or kept tiles, the large tile would spill.
+    small = problem.one_sided or workspace.kept(block) is not None
+    programs, tile, arguments = launch(problem, block, workspace, small)
     tables = new_tables(problem.scale, block, tile, 2 * len(problem.bases))
     arguments |= {
         "lse_rows": rows.lse, "lse_cols": cols.lse, "grad_rows": rows.grad, "grad_cols": cols.grad,
         "out": out, "row_table": tables[0], "col_table": tables[1], "pitch": out.stride(2),
+        "width": min(out.stride(1), out.stride(2)),
+        "of_base": out.stride(0), "of_other_base": out.stride(1),
     }  # fmt: skip
     with torch.cuda.device_of(out):
         start(fused_weights_kernel, (programs,), arguments)

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gcl_kernels.backends.triton.tiles import CHIPS, Tile, device_chip, num_tiles, pick_tile
 from gcl_kernels.blocks import Block
-from gcl_kernels.problem import FusedProblem, Problem, allows_tf32
+from gcl_kernels.problem import FusedProblem, Problem, Workspace, allows_tf32
 
 FINITE_MIN = tl.constexpr(-3.4028234663852886e38)
 
@@ -217,13 +217,15 @@ def tile_logits(
 def fused_products(
     z_rows, z_cols, first_row, first_col, block, samples, dim,
     TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    DEALT: tl.constexpr,
 ):  # fmt: skip
     """``y_bc = <z_b^j, z_c^k>``: for the left and the right half of the columns the four tiles
     y_00, y_01, y_10, y_11, each [TILE, TILE / 2] in float32. Embeddings [2, samples, dim].
 
     One product's columns are numbered (quarter in a half, half, place, c), the last fastest. A
     thread holds both c and both halves of its rows, so that splitting them moves nothing; only on
-    which thread a quarter lies depends on the chip.
+    which thread a quarter lies depends on the chip. DEALT, the two bases of eight samples are rows
+    r and r + 8 of a warp, of which a thread holds both, and one product serves both bases.
     """
     QUARTER: tl.constexpr = TILE // 4
     row_start, col_start, num_rows, num_cols = block
@@ -232,16 +234,43 @@ def fused_products(
     places = numbers // 2 % QUARTER
     halves = numbers // (2 * QUARTER) % 2
     quarters = numbers // (4 * QUARTER)
-    rows = first_row + tl.arange(0, TILE)
     cols = first_col + halves * (2 * QUARTER) + quarters * QUARTER + places
-    rows_0 = row_start + tl.minimum(rows, num_rows - 1).to(tl.int64)
     cols_c = col_start + tl.minimum(cols, num_cols - 1).to(tl.int64) + numbers % 2 * col_samples
-    y_0, y_1 = tile_product(
-        z_rows, z_cols, rows_0, rows_0 + row_samples, cols_c, dim, TILE_K, EVEN_K, PRECISION
-    )
+    if DEALT:
+        rows = first_row + numbers // 16 * 8 + numbers % 8
+        rows_b = row_start + tl.minimum(rows, num_rows - 1).to(tl.int64)
+        rows_b += numbers // 8 % 2 * row_samples
+        y, _ = tile_product(
+            z_rows, z_cols, rows_b, None, cols_c, dim, TILE_K, EVEN_K, PRECISION
+        )  # fmt: skip
+        by_base = tl.permute(tl.reshape(y, (TILE // 8, 2, 8, 2 * TILE)), (0, 2, 3, 1))
+        y_0, y_1 = tl.split(by_base)
+        y_0, y_1 = tl.reshape(y_0, (TILE, 2 * TILE)), tl.reshape(y_1, (TILE, 2 * TILE))
+    else:
+        rows = first_row + tl.arange(0, TILE)
+        rows_0 = row_start + tl.minimum(rows, num_rows - 1).to(tl.int64)
+        y_0, y_1 = tile_product(
+            z_rows, z_cols, rows_0, rows_0 + row_samples, cols_c, dim, TILE_K, EVEN_K, PRECISION
+        )  # fmt: skip
     left_00, left_01, right_00, right_01 = split_columns(y_0, TILE)
     left_10, left_11, right_10, right_11 = split_columns(y_1, TILE)
     return (left_00, left_01, left_10, left_11), (right_00, right_01, right_10, right_11)
+
+
+@triton.jit
+def load_products(kept, rows, first_col, block, TILE: tl.constexpr):
+    """The same of products [2, 2, rows, columns of the block] that stayed."""
+    num_rows, num_cols = block[2], block[3]
+    part = num_rows.to(tl.int64) * num_cols
+    products = ()
+    for half in tl.static_range(2):
+        cols = first_col + half * (TILE // 2) + tl.arange(0, TILE // 2)
+        of_half = ()
+        for at in tl.static_range(4):
+            y = load_kept(kept + at * part, rows, cols, num_rows, num_cols)
+            of_half = of_half + (y,)
+        products = products + (of_half,)
+    return products
 
 
 @triton.jit
@@ -251,6 +280,23 @@ def split_columns(y, TILE: tl.constexpr):
     left_0, left_1 = tl.split(tl.reshape(left, (TILE, TILE // 2, 2)))
     right_0, right_1 = tl.split(tl.reshape(right, (TILE, TILE // 2, 2)))
     return left_0, left_1, right_0, right_1
+
+
+@triton.jit
+def store_tile(out, tile, rows, cols, num_rows, pitch, width):
+    """Rows lie ``pitch`` apart. What pads them to ``width``, a multiple of 16, is written too
+    (zeros): such a limit leaves whole vectors to store."""
+    place = out + rows.to(tl.int64)[:, None] * pitch + cols[None, :]
+    tl.store(place, tile, mask=(rows < num_rows)[:, None] & (cols < width)[None, :])
+
+
+@triton.jit
+def load_kept(kept, rows, cols, num_rows, num_cols):
+    """A tile that stayed since the forward pass; outside the block zeros, whose weights are zero
+    since their gradients are."""
+    place = kept + rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
+    inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    return tl.load(place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -320,17 +366,21 @@ def load_coefficients(coefficients, side, BASES: tl.constexpr):
 
 @triton.jit
 def fused_tile(
-    z_rows, z_cols, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
-    BASES: tl.constexpr,
-    TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    z_rows, z_cols, kept, coefficients_rows, tile_row, tile_col, block, samples, ids, dim,
+    BASES: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, DEALT: tl.constexpr,
 ):  # fmt: skip
     """Of a tile: its rows, as a ``side``, and their coefficients, the products of either half of
-    its columns, and whether it needs a mask."""
+    its columns, from ``kept`` if that is not None, and whether it needs a mask."""
     first_row, first_col = tile_row * TILE, tile_col * TILE
     rows = first_row + tl.arange(0, TILE)
-    products = fused_products(
-        z_rows, z_cols, first_row, first_col, block, samples, dim, TILE, TILE_K, EVEN_K, PRECISION
-    )
+    if kept is not None:
+        products = load_products(kept, rows, first_col, block, TILE)
+    else:
+        products = fused_products(
+            z_rows, z_cols, first_row, first_col, block, samples, dim,
+            TILE, TILE_K, EVEN_K, PRECISION, DEALT,
+        )  # fmt: skip
     side = block[0], rows, block[2], samples[0]
     of_rows = load_coefficients(coefficients_rows, side, BASES)
     return side, of_rows, products, needs_mask(first_row, first_col, block, ids, TILE)
@@ -382,7 +432,9 @@ def operands_by_tma(problem: Problem, tile: Tile) -> dict[str, TensorDescriptor]
     return {"z_rows": rows, "z_cols": cols}
 
 
-def launch(problem: Problem, block: Block, small: bool = False) -> tuple[int, Tile, dict[str, Any]]:
+def launch(
+    problem: Problem, block: Block, workspace: Workspace, small: bool = False
+) -> tuple[int, Tile, dict[str, Any]]:
     """Programs, tile, and the arguments that all kernels over the tiles of a block share.
 
     Args:
@@ -419,6 +471,7 @@ def launch(problem: Problem, block: Block, small: bool = False) -> tuple[int, Ti
         "log_weights_cols": problem.log_weights_cols,
         "limits_rows": problem.limits_rows,
         "limits_cols": problem.limits_cols,
+        "kept": workspace.kept(block),
         "ONE_SIDED": problem.one_sided,
         "DIAGONAL": block.diagonal,
         "TILE": tile.size,
@@ -436,6 +489,7 @@ def launch(problem: Problem, block: Block, small: bool = False) -> tuple[int, Ti
             "col_samples": problem.z_cols.shape[1],
             "BASES": problem.bases,
             "CANDIDATES": problem.candidates,
+            "DEALT": tile.dealt,
         }
     else:
         arguments |= {"SERVES_ROWS": block.serves_rows, "SERVES_COLS": block.serves_cols}

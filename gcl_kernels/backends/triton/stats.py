@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from gcl_kernels.backends.triton.launching import start
-from gcl_kernels.backends.triton.primitives import launch, tile_logits, tile_of
+from gcl_kernels.backends.triton.primitives import launch, store_tile, tile_logits, tile_of
 from gcl_kernels.backends.triton.slots import fold, fold_kernel, new_tables, write_tile
 from gcl_kernels.backends.triton.strips import run_strips
 from gcl_kernels.blocks import Block
@@ -35,7 +35,7 @@ from gcl_kernels.problem import Problem, RowStats, Workspace
                                "id_period"])  # fmt: skip
 def stats_kernel(
     z_rows, z_cols, ids_rows, ids_cols, scale, row_table, col_table,
-    log_weights_rows, log_weights_cols, limits_rows, limits_cols,
+    kept, log_weights_rows, log_weights_cols, limits_rows, limits_cols,
     row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
     ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
@@ -50,6 +50,10 @@ def stats_kernel(
         z_rows, z_cols, tl.load(scale), tile_row * TILE, tile_col * TILE, block, ids, dim,
         TILE, TILE_K, EVEN_K, PRECISION, False,
     )  # fmt: skip
+    if kept is not None:
+        rows = tile_row * TILE + tl.arange(0, TILE)
+        cols = tile_col * TILE + tl.arange(0, TILE)
+        store_tile(kept, x, rows, cols, num_rows, num_cols, num_cols)
     write_tile(
         x, low, tile_row, tile_col, row_table, col_table, (num_col_tiles, num_row_tiles),
         (limits_rows, log_weights_cols), (limits_cols, log_weights_rows), block,
@@ -58,15 +62,23 @@ def stats_kernel(
 
 
 def run_stats(
-    kernel: Any, problem: Problem, block: Block, rows: RowStats, cols: RowStats, num_views: int
+    kernel: Any,
+    problem: Problem,
+    block: Block,
+    rows: RowStats,
+    cols: RowStats,
+    workspace: Workspace,
+    num_views: int,
 ) -> None:
     """Two launches: every tile's statistics to the tables, the tables into the running ones."""
-    programs, tile, arguments = launch(problem, block)
+    programs, tile, arguments = launch(problem, block, workspace)
+    plain = not problem.one_sided and arguments["kept"] is None
     with torch.cuda.device_of(problem.z_rows):
-        if tile.strip and not problem.one_sided:
+        if tile.strip and plain:
             tables = run_strips(problem, block, tile, arguments)
         else:
-            arguments["num_warps"] = tile.warps if problem.one_sided else tile.warps_of("stats")
+            # What else there is to do takes registers that fewer warps do not have.
+            arguments["num_warps"] = tile.warps_of("stats") if plain else tile.warps
             row_table, col_table = tables = new_tables(problem.scale, block, tile, num_views, 2)
             start(
                 kernel, (programs,), {"row_table": row_table, "col_table": col_table, **arguments}
@@ -78,4 +90,4 @@ def block_stats(
     problem: Problem, block: Block, rows: RowStats, cols: RowStats, workspace: Workspace
 ) -> None:
     """As :meth:`Backend.block_stats`."""
-    run_stats(stats_kernel, problem, block, rows, cols, 1)
+    run_stats(stats_kernel, problem, block, rows, cols, workspace, 1)

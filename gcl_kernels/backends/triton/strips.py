@@ -42,6 +42,12 @@ from gcl_kernels.backends.triton.tiles import Tile
 from gcl_kernels.blocks import Block
 from gcl_kernels.problem import Problem
 
+NOT_BY_STRIPS = (
+    "kept", "log_weights_rows", "log_weights_cols", "limits_rows", "limits_cols", "ONE_SIDED",
+    "EVEN_K",
+)  # fmt: skip
+"""Arguments of ``stats_kernel`` alone."""
+
 LEFT_OUT_STRIPS = 32
 """A program looks after so many strips: a vector of notes, of which nearly always all are empty."""
 
@@ -203,9 +209,7 @@ def run_strips(
         "STRIP": tile.strip,
         "num_warps": warps,
     }
-    for name in ("log_weights_rows", "log_weights_cols", "limits_rows", "limits_cols"):
-        del named[name]
-    for name in ("ONE_SIDED", "EVEN_K"):
+    for name in NOT_BY_STRIPS:
         del named[name]
     start(strips_kernel, (programs,), {**named, "WARPS": warps})
     notes = (-(-programs // LEFT_OUT_STRIPS),)

@@ -75,9 +75,10 @@ class Tile:
         bases: embeddings of a row and of a column: two where views are fused.
         stats_warps: of ``stats``, where it takes another number.
         strip: tiles that one program of ``stats`` computes, one below the other, from operands that
-            arrive by TMA; 0: a single one, by pointers.
+            arrive by TMA, at most 31; 0: a single one, by pointers.
         tma_warps: of ``weights`` whose operands arrive and whose results leave by TMA; 0: by
             pointers.
+        dealt: whether one product of twice the rows serves both bases of a row, see ``primitives``.
     """
 
     size: int
@@ -89,6 +90,7 @@ class Tile:
     stats_warps: int | None = None
     strip: int = 0
     tma_warps: int = 0
+    dealt: bool = False
 
     def warps_of(self, kernel: str) -> int:
         """Warps of a program of this kernel."""
@@ -173,6 +175,10 @@ def _fused(chip: str, row: str, tile: Tile) -> Tile:
 
 FUSED_TILES = {key: _fused(*key, tile) for key, tile in TILES.items()}
 """For the kernels of fused views, whose ``size`` counts samples: two embeddings each."""
+
+DEALT_TILES = {("sm_90", "large"): replace(FUSED_TILES["sm_90", "large"], dealt=True)}
+"""Off until a GPU has measured it: HGMMA of 64 x 128 in place of 64 x 64, which reads shared memory
+as fast as that can; but columns' sums cross twice as many warps."""
 
 
 def chip_of(capability: tuple[int, int] | None, gcn_arch: str | None) -> Chip | None:

@@ -32,8 +32,10 @@ from gcl_kernels.backends.triton.primitives import (
     exponential,
     halves,
     launch,
+    load_kept,
     load_lines,
     operands_by_tma,
+    store_tile,
     terms,
     tile_logits,
     tile_of,
@@ -66,20 +68,12 @@ def weights_of(
     return sides(of_rows, of_cols, SERVES_ROWS, SERVES_COLS)
 
 
-@triton.jit
-def store_tile(out, tile, rows, cols, num_rows, pitch):
-    """Rows lie ``pitch`` apart, a multiple of 16; what pads them is written too (zeros), since a
-    limit that is such a multiple leaves whole vectors to store."""
-    place = out + rows.to(tl.int64)[:, None] * pitch + cols[None, :]
-    tl.store(place, tile, mask=(rows < num_rows)[:, None] & (cols < pitch)[None, :])
-
-
 # num_cols stays: where it is a multiple of 16 lse and g arrive in vectors, and the large tile takes
 # 128 registers on sm_90 in place of 238.
 @triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "id_offset", "id_period"])
 def weights_kernel(
     z_rows, z_cols, ids_rows, ids_cols, scale, lse_rows, lse_cols, grad_rows, grad_cols, out,
-    mirror, log_weights_rows, log_weights_cols, limits_rows, limits_cols,
+    mirror, kept, log_weights_rows, log_weights_cols, limits_rows, limits_cols,
     pitch, row_start, col_start, num_rows, num_cols, dim, id_offset, id_period,
     ONE_SIDED: tl.constexpr, DIAGONAL: tl.constexpr,
     SERVES_ROWS: tl.constexpr, SERVES_COLS: tl.constexpr,
@@ -91,11 +85,15 @@ def weights_kernel(
     num_row_tiles = tl.cdiv(num_rows, TILE)
     num_col_tiles = tl.cdiv(num_cols, TILE)
     tile_row, tile_col = tile_of(tl.program_id(0), num_row_tiles, num_col_tiles, DIAGONAL)
-    x, _ = tile_logits(
-        z_rows, z_cols, tl.load(scale), tile_row * TILE, tile_col * TILE, block, ids, dim,
-        TILE, TILE_K, EVEN_K, PRECISION, TMA,
-    )  # fmt: skip
     rows = tile_row * TILE + tl.arange(0, TILE)
+    if kept is not None:
+        all_cols = tile_col * TILE + tl.arange(0, TILE)
+        x = load_kept(kept, rows, all_cols, num_rows, num_cols)
+    else:
+        x, _ = tile_logits(
+            z_rows, z_cols, tl.load(scale), tile_row * TILE, tile_col * TILE, block, ids, dim,
+            TILE, TILE_K, EVEN_K, PRECISION, TMA,
+        )  # fmt: skip
     of_rows = row_start, rows, num_rows, num_rows
     lse_p = load_lines(lse_rows, of_rows, 0)
     g_p = load_lines(grad_rows, of_rows, 0)
@@ -124,10 +122,10 @@ def weights_kernel(
                     mirror.store([first_col, tile_row * TILE], tl.trans(h))
         else:
             h = h.to(out.dtype.element_ty)
-            store_tile(out, h, rows, cols, num_rows, pitch)
+            store_tile(out, h, rows, cols, num_rows, pitch, pitch)
             if DIAGONAL:
                 if tile_row != tile_col:
-                    store_tile(out, tl.trans(h), cols, rows, num_rows, pitch)
+                    store_tile(out, tl.trans(h), cols, rows, num_rows, pitch, pitch)
 
 
 def _by_tma(problem: Problem, tile: Tile, out: Tensor, diagonal: bool) -> dict[str, Any]:
@@ -152,12 +150,12 @@ def block_weights(
 ) -> Tensor:
     """One launch; the result is valid until the next call with this workspace."""
     out = workspace.tile(0, block.shape, problem.compute_dtype)
-    programs, tile, arguments = launch(problem, block)
+    programs, tile, arguments = launch(problem, block, workspace)
     arguments |= {
         "lse_rows": rows.lse, "lse_cols": cols.lse, "grad_rows": rows.grad, "grad_cols": cols.grad,
         "out": out, "mirror": None, "pitch": out.stride(0), "TMA": False,
     }  # fmt: skip
-    if tile.tma_warps and not problem.one_sided:
+    if tile.tma_warps and not problem.one_sided and arguments["kept"] is None:
         arguments |= _by_tma(problem, tile, out, block.diagonal)
     with torch.cuda.device_of(out):
         start(weights_kernel, (programs,), arguments)
