@@ -87,7 +87,7 @@ def chosen() -> list[Variant]:
             whole = v.chip == "sm_90" and v.kernel != "left_out" and not v.diagonal
             kept += [v] if v.ids or whole else []
         elif v.options:
-            kept += [v] if v.chip in ("sm_90", "gfx942") else []
+            kept += [v] if v.chip == "sm_90" else []
         elif fused:
             ids = (v.kernel, v.row) == ("fused_weights", "large")
             if v.diagonal and v.ids == ids and not is_looser(v):

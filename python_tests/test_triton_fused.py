@@ -89,8 +89,17 @@ def fused_gradients(n: int, frozen: tuple[int, ...], ids: bool) -> list[torch.Te
 
 
 @runs
-@pytest.mark.parametrize("frozen", [(), (0,), (1,), (0, 1)], ids=str)
-@pytest.mark.parametrize(("n", "rows"), [(64, 32), (75, 32), (75, 40), (64, 4096), (75, 4096)])
+@pytest.mark.parametrize(
+    ("n", "rows", "frozen"),
+    [
+        (64, 32, ()),
+        (75, 32, (1,)),
+        (75, 40, ()),
+        (64, 4096, (0,)),
+        (75, 4096, ()),
+        (75, 32, (0, 1)),
+    ],
+)
 def test_weights_of_both_bases_as_one_matrix(n, rows, frozen, monkeypatch):
     """Off. One block, several, the last of another width, and a width that is padded."""
     monkeypatch.setattr(triton_backend, "FUSED_BLOCK_ROWS", rows)
