@@ -412,9 +412,8 @@ Written by `make kernels-report`. Compiled, not run: no GPU is needed, and nothi
 D = 1024. Tiles are in rows, of fused kernels in samples; these, and kernels over samples, are
 compiled for `gcl_loss`: image, text and their sum; three views and three pairs. Registers and
 spilled bytes (local memory) are a thread's, shared memory a program's. `programs`: how many fit a
-multiprocessor at a time. `options`: log weights and limits. `TMA`:
-off by default. `matrix`, `fma`, `ex2`, `barriers`, `tma`
-and `instructions` count the code, not executions.
+multiprocessor at a time. `options`: log weights and limits. `TMA`: off by default. `matrix`, `fma`,
+`ex2`, `barriers`, `tma` and `instructions` count the code, not executions.
 
 """
     return head + "\n".join(table(chosen, results)) + "\n"
