@@ -111,7 +111,7 @@ def test_tiles_far_from_their_strips_shift(levels, strip, by_tma, monkeypatch):
     by_tma(strip=strip)
     notes = noted(monkeypatch)
     generator = torch.Generator().manual_seed(0)
-    z_rows, z_cols = torch.randn(570, 16, generator=generator), torch.randn(70, 16)
+    z_rows, z_cols = (torch.randn(n, 16, generator=generator) for n in (570, 70))
     z_rows[:, 0], z_cols[:, 0] = torch.tensor(levels).repeat_interleave(64)[:570], 1
     z_rows, z_cols = z_rows.to(DEVICE), z_cols.to(DEVICE)
     problem = Problem(z_rows, z_cols, None, None, torch.ones((), device=DEVICE), None, False)
@@ -148,9 +148,10 @@ def test_tiles_far_from_their_strips_shift_on_the_diagonal(strip, by_tma, monkey
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_not_a_number_reaches_every_row_that_meets_it(bad, by_tma):
     by_tma()
-    problem = make_problem(TRITON, Case(60, 16, 100.0, block_rows=176), torch.float32)
+    case = Case(60, 16, 100.0, block_rows=176)
+    problem = make_problem(TRITON, case, torch.float32)
     problem.z_rows[7, 3] = bad
-    maxima, sums = run_stats(TRITON, problem, Case(60, 16, 100.0, block_rows=176).plan)
+    maxima, sums = run_stats(TRITON, problem, case.plan)
     lse = sums.log() + maxima
     if bad == torch.inf:
         assert lse[7].isnan(), "inf - inf"

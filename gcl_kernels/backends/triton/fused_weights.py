@@ -38,6 +38,7 @@ from gcl_kernels.backends.triton.primitives import (
     combine,
     fused_tile,
     half_columns,
+    is_plain,
     launch,
     load_lines,
     masked,
@@ -246,8 +247,8 @@ def fused_block_weights(
 ) -> Tensor:
     """Two launches; the result is valid until the next call with this workspace."""
     out = workspace.tile(0, (2, 2, *block.shape), problem.compute_dtype)
-    # With log weights and limits, or kept tiles, the large tile would spill.
-    small = problem.one_sided or workspace.kept(block) is not None
+    # Others than plain blocks would spill with the large tile.
+    small = not is_plain(problem, block, workspace)
     programs, tile, arguments = launch(problem, block, workspace, small)
     tables = new_tables(problem.scale, block, tile, 2 * len(problem.bases))
     arguments |= {

@@ -423,6 +423,12 @@ def combine(of_0, of_1, coefficients, BASE: tl.constexpr, AXIS: tl.constexpr):
     return combined
 
 
+def is_plain(problem: Problem, block: Block, workspace: Workspace) -> bool:
+    """Whether a block has neither log weights, nor limits, nor a kept tile, all of which take
+    registers that some tiles do not have."""
+    return not problem.one_sided and workspace.kept(block) is None
+
+
 def operands_by_tma(problem: Problem, tile: Tile) -> dict[str, TensorDescriptor]:
     """``z_rows`` and ``z_cols`` as descriptors."""
     shape = [tile.size, tile.slice_elements(problem.compute_dtype)]

@@ -24,7 +24,13 @@ import triton
 import triton.language as tl
 
 from gcl_kernels.backends.triton.launching import start
-from gcl_kernels.backends.triton.primitives import launch, store_tile, tile_logits, tile_of
+from gcl_kernels.backends.triton.primitives import (
+    is_plain,
+    launch,
+    store_tile,
+    tile_logits,
+    tile_of,
+)
 from gcl_kernels.backends.triton.slots import fold, fold_kernel, new_tables, write_tile
 from gcl_kernels.backends.triton.strips import run_strips
 from gcl_kernels.blocks import Block
@@ -72,12 +78,11 @@ def run_stats(
 ) -> None:
     """Two launches: every tile's statistics to the tables, the tables into the running ones."""
     programs, tile, arguments = launch(problem, block, workspace)
-    plain = not problem.one_sided and arguments["kept"] is None
+    plain = is_plain(problem, block, workspace)
     with torch.cuda.device_of(problem.z_rows):
         if tile.strip and plain:
             tables = run_strips(problem, block, tile, arguments)
         else:
-            # What else there is to do takes registers that fewer warps do not have.
             arguments["num_warps"] = tile.warps_of("stats") if plain else tile.warps
             row_table, col_table = tables = new_tables(problem.scale, block, tile, num_views, 2)
             start(

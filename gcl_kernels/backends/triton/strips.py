@@ -56,19 +56,16 @@ MAX_ABOVE = tl.constexpr(40.0)
 
 
 @triton.jit
-def strips_of(num_rows, num_cols, TILE: tl.constexpr, STRIP: tl.constexpr):
-    """Tiles of a block's rows, of its columns, and strips of the rows'."""
+def strips_of(num_rows, num_cols, DIAGONAL: tl.constexpr, TILE: tl.constexpr, STRIP: tl.constexpr):
+    """Tiles of a block's rows, of its columns, strips of the rows', and slots of a row and of a
+    column: on the diagonal they are the same lines."""
     num_row_tiles = tl.cdiv(num_rows, TILE)
-    return num_row_tiles, tl.cdiv(num_cols, TILE), tl.cdiv(num_row_tiles, STRIP)
-
-
-@triton.jit
-def slots_of(num_row_tiles, num_col_tiles, num_strips, DIAGONAL: tl.constexpr):
-    """Of a row, and of a column: on the diagonal they are the same lines."""
+    num_col_tiles = tl.cdiv(num_cols, TILE)
+    num_strips = tl.cdiv(num_row_tiles, STRIP)
     row_slots = num_col_tiles
     if DIAGONAL:
         row_slots += num_strips
-    return row_slots, num_row_tiles + num_strips
+    return num_row_tiles, num_col_tiles, num_strips, (row_slots, num_row_tiles + num_strips)
 
 
 @triton.jit
@@ -97,8 +94,9 @@ def strips_kernel(
     block = row_start, col_start, num_rows, num_cols
     ids = ids_rows, ids_cols, id_offset, id_period
     QUARTER: tl.constexpr = TILE // 4
-    num_row_tiles, num_col_tiles, num_strips = strips_of(num_rows, num_cols, TILE, STRIP)
-    row_slots, col_slots = slots_of(num_row_tiles, num_col_tiles, num_strips, DIAGONAL)
+    num_row_tiles, num_col_tiles, num_strips, slots = strips_of(
+        num_rows, num_cols, DIAGONAL, TILE, STRIP
+    )
     program = tl.program_id(0)
     strip, tile_col = tile_of(program, num_strips, num_col_tiles, False)
     first = strip * STRIP
@@ -136,7 +134,7 @@ def strips_kernel(
                 rows = tile_row * TILE + tl.arange(0, TILE)
                 row_max = tl.zeros((TILE,), tl.float32) + shift
                 row_sum = tl.sum(row_sums, 1)
-                write_slot(row_table, tile_col, row_slots, rows, num_rows, row_max, row_sum)
+                write_slot(row_table, tile_col, slots[0], rows, num_rows, row_max, row_sum)
         else:
             wide |= 1 << (tile_row - first)
     tl.store(left_out + program, wide)
@@ -147,7 +145,7 @@ def strips_kernel(
         col_sum = tl.reshape(tl.permute(tl.join(of_left, of_right), (2, 1, 0)), (TILE,))
         col_max = tl.zeros((TILE,), tl.float32) + shift
         cols = tile_col * TILE + tl.arange(0, TILE)
-        write_slot(col_table, num_row_tiles + strip, col_slots, cols, num_cols, col_max, col_sum)
+        write_slot(col_table, num_row_tiles + strip, slots[1], cols, num_cols, col_max, col_sum)
 
 
 @triton.jit(do_not_specialize=["row_start", "col_start", "num_rows", "num_cols", "id_offset",
@@ -162,8 +160,7 @@ def left_out_kernel(
     """What STRIPS programs left out, if anything: nearly always there is nothing to do."""
     block = row_start, col_start, num_rows, num_cols
     ids = ids_rows, ids_cols, id_offset, id_period
-    num_row_tiles, num_col_tiles, num_strips = strips_of(num_rows, num_cols, TILE, STRIP)
-    slots = slots_of(num_row_tiles, num_col_tiles, num_strips, DIAGONAL)
+    _, num_col_tiles, num_strips, slots = strips_of(num_rows, num_cols, DIAGONAL, TILE, STRIP)
     first = tl.program_id(0) * STRIPS
     num_programs = num_strips * num_col_tiles
     programs = first + tl.arange(0, STRIPS)

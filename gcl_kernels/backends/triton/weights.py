@@ -31,6 +31,7 @@ from gcl_kernels.backends.triton.launching import start
 from gcl_kernels.backends.triton.primitives import (
     exponential,
     halves,
+    is_plain,
     launch,
     load_kept,
     load_lines,
@@ -155,7 +156,7 @@ def block_weights(
         "lse_rows": rows.lse, "lse_cols": cols.lse, "grad_rows": rows.grad, "grad_cols": cols.grad,
         "out": out, "mirror": None, "pitch": out.stride(0), "TMA": False,
     }  # fmt: skip
-    if tile.tma_warps and not problem.one_sided and arguments["kept"] is None:
+    if tile.tma_warps and is_plain(problem, block, workspace):
         arguments |= _by_tma(problem, tile, out, block.diagonal)
     with torch.cuda.device_of(out):
         start(weights_kernel, (programs,), arguments)
